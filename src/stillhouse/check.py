@@ -1,0 +1,149 @@
+"""Is the teacher any good on this data, frozen, fed as it was trained; do the shapes meet; do gradients go where they belong? In seconds."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.data import Data
+from stillhouse.data.loading import eval_batches
+from stillhouse.distillers.base import Distiller
+from stillhouse.errors import UserError
+from stillhouse.models.outputs import logits_of
+from stillhouse.models.preprocessing import preprocessing_of
+from stillhouse.randomness import seeded
+from stillhouse.training.evaluation import accuracy
+
+LOG = logging.getLogger("stillhouse")
+SAMPLE, STEP_BATCH = 256, 4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at, and what was seen."""
+
+    what: str
+    seen: str
+
+
+def check_distiller(distiller: Distiller, data: Data, transform: Any, allow_weak_teacher: bool = False) -> list[Finding]:
+    """Looks at everything that makes a distillation silently useless.
+
+    Args:
+        distiller: student and teacher, as they would train.
+        data: what they would train on.
+        transform: the evaluation transform.
+        allow_weak_teacher: say so instead of refusing when the teacher is no better than chance.
+
+    Returns:
+        What was seen, in order.
+
+    Raises:
+        UserError: at the first thing that cannot work, and what to do.
+    """
+    findings = [_networks(distiller)]
+    ids, images, labels = next(iter(eval_batches(data.val, transform, batch=min(STEP_BATCH, len(data.val)))))  # type: ignore[arg-type]
+    device = next(distiller.parameters()).device
+    images, labels = images.to(device), labels.to(device)
+    with seeded("check"):
+        findings.append(_classes(distiller, images, len(data.classes)))
+        if distiller.teacher is not None:
+            findings += [_frozen(distiller), _normalisation(distiller), _teacher_accuracy(distiller, data, transform, allow_weak_teacher)]
+        findings.append(_one_step(distiller, (images, labels)))
+    for finding in findings:
+        LOG.info("%s: %s", finding.what, finding.seen)
+    return findings
+
+
+def _networks(distiller: Distiller) -> Finding:
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in (("student", distiller.student), ("teacher", distiller.teacher)) if network is not None}
+    patches = f"; the teacher sees {distiller.kept} of its {distiller.patches} patches" if hasattr(distiller, "patches") else ""
+    return Finding("networks", ", ".join(f"{name} {count / 1e6:.2f} M parameters" for name, count in counts.items()) + patches)
+
+
+def _classes(distiller: Distiller, images: Tensor, classes: int) -> Finding:
+    distiller.eval()
+    with torch.no_grad():
+        outputs = {"student": distiller.student(images)} | ({"teacher": distiller.teach(images)} if distiller.teacher is not None else {})
+    for role, output in outputs.items():
+        known = logits_of(output).shape[-1]
+        if known != classes:
+            raise UserError(
+                f"the {role} knows {known} classes, the data has {classes}; train it on this data first with "
+                f"`stillhouse distill --method scratch --student …` and name that run folder with --{role}"
+            )
+    return Finding("classes", f"{classes}, known to {' and '.join(outputs)}")
+
+
+def _frozen(distiller: Distiller) -> Finding:
+    distiller.train()
+    teacher = distiller.teacher
+    assert teacher is not None
+    learning = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
+    if learning or any(module.training for module in teacher.modules()):
+        raise UserError("the teacher is not frozen or not in eval mode after train(); its distiller must leave `Distiller.train` as it is")
+    return Finding("teacher", "frozen, in eval mode")
+
+
+def _normalisation(distiller: Distiller) -> Finding:
+    student, teacher = preprocessing_of(distiller.student), preprocessing_of(distiller.teacher)  # type: ignore[arg-type]
+    if student is None or teacher is None:
+        return Finding("normalisation", "not known for both networks: the teacher gets images as the student does")
+    if student == teacher:
+        return Finding("normalisation", "the same for both networks")
+    return Finding("normalisation", f"the teacher's images are made anew: mean {teacher.mean}, std {teacher.std}, {teacher.size} px")
+
+
+def _teacher_accuracy(distiller: Distiller, data: Data, transform: Any, allow_weak_teacher: bool) -> Finding:
+    step = max(1, len(data.val) // SAMPLE)  # type: ignore[arg-type]
+    spread = torch.utils.data.Subset(data.val, range(0, len(data.val), step)[:SAMPLE])  # type: ignore[arg-type]
+    device = next(distiller.parameters()).device
+    assert distiller.teacher is not None
+    seen = accuracy(nn.Sequential(distiller.refeed, distiller.teacher), eval_batches(spread, transform, batch=32), device)
+    chance, count = 1 / len(data.classes), len(spread)
+    least = chance + 2 * (chance * (1 - chance) / count) ** 0.5
+    found = f"top-1 {seen:.3f} on {count} validation images (chance is {chance:.3f})"
+    if seen <= least and not allow_weak_teacher:
+        raise UserError(
+            f"the teacher is no better than chance: {found}; give it weights trained on these classes with --teacher-weights, or go on with --allow-weak-teacher"
+        )
+    return Finding("teacher's accuracy", found)
+
+
+def _one_step(distiller: Distiller, batch: tuple[Tensor, Tensor]) -> Finding:
+    """Gradients of one small batch; weights, statistics and gradients are put back."""
+    before = {name: value.clone() for name, value in distiller.state_dict().items() if isinstance(value, Tensor)}
+    distiller.train()
+    silent: list[str] = []
+    for turn in distiller.turns():
+        terms = distiller(batch, turn.name)
+        for name, value in terms.items():
+            if not value.isfinite():
+                raise UserError(f"the loss term '{name}' is {float(value.detach())} on the first images; check the teacher's weights and the settings")
+        torch.stack(list(terms.values())).sum().backward()
+        silent += _gradients(distiller, turn.parameters)
+        distiller.zero_grad(set_to_none=True)
+    distiller.load_state_dict(before)
+    without = f"; none for {', '.join(silent[:3])}{' …' if len(silent) > 3 else ''}" if silent else ""
+    return Finding("one step", f"finite gradients where they belong, none in the teacher{without}")
+
+
+def _gradients(distiller: Distiller, learning: list[nn.Parameter]) -> list[str]:
+    """The names of learning parameters without a gradient; refuses gradients that are not finite or where none belong."""
+    wanted = {id(parameter) for parameter in learning}
+    silent = []
+    for name, parameter in distiller.named_parameters():
+        if parameter.grad is None:
+            silent += [name] if id(parameter) in wanted else []
+        elif not parameter.grad.isfinite().all():
+            raise UserError(f"the gradient of {name} is not finite on the first images; lower the weights of the loss terms")
+        elif not parameter.requires_grad:
+            raise UserError(f"{name} is frozen but received a gradient")
+    if len(silent) == len(wanted):
+        raise UserError("nothing that learns received a gradient; the loss does not depend on the student")
+    return silent

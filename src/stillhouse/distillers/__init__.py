@@ -1,0 +1,59 @@
+"""The published ways to distil: one module a method, a folder a family. The folders are the registry.
+
+A method's name is its module's name; its class is the one `Distiller` that module defines.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from stillhouse.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from stillhouse.distillers.base import Distiller
+
+
+@cache
+def modules() -> dict[str, str]:
+    """`{method name: module path}` of every method there is, by looking into the families' folders. Imports none of them."""
+    found = {}
+    for family in pkgutil.iter_modules(__path__):
+        if family.ispkg:
+            paths = [f"{__path__[0]}/{family.name}"]
+            found.update({module.name: f"{__name__}.{family.name}.{module.name}" for module in pkgutil.iter_modules(paths)})
+    return found
+
+
+def find(name: str) -> type[Distiller]:
+    """The class of a method by name.
+
+    Raises:
+        UserError: if there is no such method, with the nearest name.
+    """
+    if name not in modules():
+        known = ", ".join(sorted(modules()))
+        raise UserError(f"there is no method '{name}'{nearest(name, modules())}; `stillhouse methods` lists all: {known}")
+    from stillhouse.distillers.base import Distiller
+
+    path = modules()[name]
+    classes = [each for _, each in inspect.getmembers(importlib.import_module(path), inspect.isclass)]
+    return next(each for each in classes if issubclass(each, Distiller) and each.__module__ == path)
+
+
+def settings(name: str) -> dict[str, inspect.Parameter]:
+    """A method's settings: the keyword-only parameters of its class."""
+    parameters = inspect.signature(find(name).__init__).parameters
+    return {key: parameter for key, parameter in parameters.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def __getattr__(attribute: str) -> Any:
+    """`stillhouse.distillers.MaskedKD`: every method's class by its own name, imported on first use."""
+    if not attribute.startswith("_"):
+        for name in modules():
+            if name.replace("_", "") == attribute.lower():
+                return find(name)
+    raise AttributeError(f"there is no distiller {attribute!r} in {__name__}")

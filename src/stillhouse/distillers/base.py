@@ -1,0 +1,131 @@
+"""The contract: what a published way to distil has to say about itself, and nothing about devices, optimisers, loggers, files or processes.
+
+A `Distiller` is a plain `nn.Module` that owns every network that takes part and answers three questions: who learns (`turns`), what is
+minimised (`forward`), and what moves without gradients (`after_update`). It can be trained by Stillhouse's loop or by anyone's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.models.preprocessing import Refeed, preprocessing_of
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where the training is: `step` updates of `steps` are done, in `epoch` (from 0) of `epochs`."""
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+
+    @property
+    def progress(self) -> float:
+        """The share of the training that is done, in [0, 1]."""
+        return min(1.0, self.step / max(1, self.steps))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Who learns within a step: `parameters` take an update from the sum of `forward(batch, turn=name)`, in every `every`-th step.
+
+    `optimizer` names another of timm's optimisers than the run's, for players that need one.
+    """
+
+    name: str
+    parameters: list[nn.Parameter] = field(repr=False)
+    every: int = 1
+    optimizer: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a training in several parts; each starts from the product of the one before."""
+
+    name: str
+    distiller: Distiller
+    epochs: int
+
+
+class Distiller(nn.Module):
+    """A student, its teacher, and how the one learns from the other.
+
+    Subclasses take networks first and the paper's hyper-parameters by keyword, with the paper's defaults; the command line and the docs are
+    made from that signature. The teacher is frozen: in eval mode whatever `train()` says, outside gradients, optimisers and `state_dict`.
+
+    Args:
+        student: the network to train; batches come as it wants them.
+        teacher: the network to learn from, or None. Its parameters are set to require no gradient.
+    """
+
+    frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    """The names of the networks that never learn."""
+    off: ClassVar[dict[str, Any]] = {"alpha": 0.0}
+    """The settings under which only the labels count: training is then plain training, bit for bit."""
+    teacher: Any
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher.requires_grad_(False).eval() if teacher is not None else None
+        self.refeed = Refeed(preprocessing_of(student), preprocessing_of(teacher) if teacher is not None else None)
+        self.register_state_dict_post_hook(_without_frozen)
+        self.register_load_state_dict_pre_hook(_with_frozen)
+
+    def turns(self) -> list[Turn]:
+        """Who learns, in order, within one step. One turn by default: all parameters that require grad."""
+        return [Turn("student", [parameter for parameter in self.parameters() if parameter.requires_grad])]
+
+    def forward(self, batch: Any, turn: str = "student") -> dict[str, Tensor]:
+        """The named, already weighted loss terms of this turn (scalars); their sum is what is minimised."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it minimises")
+
+    def after_update(self, clock: Clock) -> None:
+        """What moves without gradients: an EMA teacher, a queue, a schedule. Called after every step."""
+
+    def look(self, batch: Any) -> dict[str, Tensor]:
+        """What may be drawn for these images: named maps [B, h, w], such as the saliency and what the teacher was shown."""
+        return {}
+
+    @property
+    def product(self) -> nn.Module:
+        """What is kept when the training is over."""
+        return self.student
+
+    @classmethod
+    def stages(cls, student: nn.Module, teacher: nn.Module | None, epochs: int, **settings: Any) -> Iterator[Stage]:
+        """The parts of the training, in order. One by default."""
+        yield Stage("", cls(student, **({"teacher": teacher} if teacher is not None else {}), **settings), epochs)
+
+    def teach(self, images: Tensor, *args: Any) -> Any:
+        """The teacher's output on images that come as the student wants them, fed as the teacher was trained; without gradient."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            return self.teacher(self.refeed(images), *args)
+
+    def train(self, mode: bool = True) -> Distiller:
+        """Training mode for all that learns; the frozen networks stay in eval mode."""
+        super().train(mode)
+        for name in self.frozen:
+            network = getattr(self, name, None)
+            if network is not None:
+                network.eval()
+        return self
+
+
+def _without_frozen(module: Any, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    frozen = tuple(f"{prefix}{name}." for name in module.frozen)
+    for key in [key for key in state if key.startswith(frozen)]:
+        del state[key]
+
+
+def _with_frozen(module: Any, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    for name in module.frozen:
+        if getattr(module, name, None) is not None:
+            state.update(getattr(module, name).state_dict(prefix=f"{prefix}{name}."))

@@ -1,0 +1,1 @@
+"""The baselines everybody compares with."""

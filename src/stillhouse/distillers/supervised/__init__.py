@@ -1,0 +1,1 @@
+"""Supervised distillation of classifiers."""

@@ -1,0 +1,1 @@
+"""What is hidden or weighted, by whom and when."""

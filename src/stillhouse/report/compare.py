@@ -1,0 +1,80 @@
+"""Several runs side by side: `compare` reads them, `print_table` prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stillhouse.report.numbers import DASH, duration, known, milliseconds, percent, plain, si
+from stillhouse.report.run_folder import last, read_columns, read_record, results, row_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SETUP = {"method": "method", "teacher": "teacher", "student": "student", "data": "data", "seed": "seed", "status": "status"}
+MEASURES: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "top1": ("top-1", percent),
+    "nll": ("NLL", plain),
+    "ece": ("ECE", percent),
+    "agreement": ("agrees", percent),
+    "teacher_macs": ("teacher\nmult-adds", si),
+    "step_ms": ("step", milliseconds),
+    "seconds": ("time", duration),
+}
+
+
+def compare(runs: list[str | Path]) -> list[dict[str, Any]]:
+    """One row a run, in the order given: "run", the keys of SETUP and those of MEASURES; None if unknown.
+
+    Units: shares in [0,1], nats, multiply-adds an image, milliseconds (step_ms), seconds.
+    Accuracy is the run's result, never the best of its evaluations. Raises UserError when a folder is not a run's.
+    """
+    return [_row(Path(run)) for run in runs]
+
+
+def _row(run_dir: Path) -> dict[str, Any]:
+    record = read_record(run_dir)
+    val = read_columns(run_dir / "val.csv")
+    student = row_of(results(record, val, {}), "student")
+    models, saved = record.get("models") or {}, record.get("savings") or {}
+    teacher = models.get("teacher") or {}
+    measured = {key: student[key] if known(student.get(key)) else last(val, key) for key in ("top1", "nll", "ece", "agreement")}
+    return {
+        "run": str(run_dir),
+        "method": record.get("method"),
+        "teacher": teacher.get("name"),
+        "student": (models.get("student") or {}).get("name"),
+        "data": (record.get("data") or {}).get("name"),
+        "seed": record.get("seed"),
+        "status": record.get("status"),
+        **measured,
+        "teacher_macs": next(
+            (value for value in (saved.get("teacher_macs_kept"), teacher.get("macs_kept"), teacher.get("macs")) if known(value)), None
+        ),
+        "step_ms": student.get("step_ms"),
+        "seconds": record.get("seconds"),
+    }
+
+
+def print_table(rows: list[dict[str, Any]], console: Console | None = None) -> None:
+    """Print the rows of `compare`. What is the same in all runs is said once, below; what no run knows is left out."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text  # names are printed as they are, never as rich's markup
+
+    differing = [key for key in SETUP if len({str(row.get(key)) for row in rows}) > 1]
+    measured = [key for key in MEASURES if any(known(row.get(key)) for row in rows)]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("run", *(SETUP[key] for key in differing)):
+        table.add_column(name, overflow="fold")
+    for key in measured:
+        table.add_column(MEASURES[key][0], justify="right", no_wrap=True)
+    for row in rows:
+        setup = [DASH if row.get(key) is None else str(row[key]) for key in ("run", *differing)]
+        table.add_row(*(Text(cell) for cell in setup), *(MEASURES[key][1](row.get(key)) for key in measured))
+    console = console or Console()
+    console.print(table)
+    same = [f"{SETUP[key]} {rows[0][key]}" for key in SETUP if rows and key not in differing and rows[0].get(key) is not None]
+    if same:
+        console.print(Text(f"{'all' if len(rows) > 1 else 'with'}: {', '.join(same)}"), style="dim")

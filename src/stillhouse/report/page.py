@@ -1,0 +1,166 @@
+"""Run folder -> the text of report.html: what the page says is decided here, how it looks in page.html and page.css."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from stillhouse.report.chart import Chart, Line, chart
+from stillhouse.report.numbers import change, duration, known, milliseconds, percent, plain, points, si
+from stillhouse.report.pictures import picture_cards, read_snapshots
+from stillhouse.report.run_folder import Columns, last, read_columns, read_record, results, row_of
+
+Record = dict[str, Any]
+NOT_LOSSES = {"step", "epoch", "lr", "images_per_second"}
+MOST_SKIPPED = 200
+COLUMNS: list[tuple[str, str, Callable[[float | None], str]]] = [
+    ("top1", "top-1", percent),
+    ("top5", "top-5", percent),
+    ("nll", "NLL, nats", plain),
+    ("ece", "calibration error", percent),
+    ("agreement", "agrees with teacher", percent),
+    ("params", "parameters", si),
+    ("macs", "multiply\N{NON-BREAKING HYPHEN}adds / image", si),
+    ("step_ms", "training step", milliseconds),
+]
+
+
+def render(run_dir: Path) -> str:
+    """The whole page as HTML. The template engine escapes all that came from a user. Raises UserError when `run_dir` is no run."""
+    record = read_record(run_dir)
+    train, val = read_columns(run_dir / "train.csv"), read_columns(run_dir / "val.csv")
+    baseline_val = read_columns(run_dir / "baseline" / "val.csv")
+    rows = results(record, val, baseline_val)
+    snapshots, notes = read_snapshots(run_dir)
+    data = record.get("data") or {}
+    settings = run_dir / "settings.yaml"
+    skipped = [str(name) for name in data.get("skipped") or []]
+    environment = Environment(
+        loader=PackageLoader("stillhouse", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html").render(
+        title=title_of(record),
+        status=str(record.get("status", "unknown")),
+        sentence=sentence(record, rows, val),
+        who=who(record),
+        columns=[(key, name) for key, name, _ in COLUMNS if any(known(row.get(key)) for row in rows)],
+        rows=[{**row, "cells": {key: (row.get(key), write(row.get(key))) for key, _, write in COLUMNS}} for row in rows],
+        savings=savings(record),
+        kept=kept(record),
+        charts=charts(record, rows, train, val, baseline_val),
+        cards=picture_cards(snapshots, [str(name) for name in data.get("classes") or []]),
+        moments=moments([snapshot.step for snapshot in snapshots], str(record.get("status"))),
+        settings=settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else "",
+        facts=facts(record),
+        skipped=skipped[:MOST_SKIPPED],
+        skipped_count=len(skipped),
+        notes=notes,
+    )
+
+
+def title_of(record: Record) -> str:
+    """The method's name as its paper writes it."""
+    return str(record.get("title") or record.get("method") or "A run")
+
+
+def kept(record: Record) -> str:
+    """ "8 of 16 patches", or "" when the teacher saw everything."""
+    keep = record.get("keep") or {}
+    return f"{keep['kept']} of {keep['patches']} patches" if {"kept", "patches"} <= keep.keys() else ""
+
+
+def sentence(record: Record, rows: list[Record], val: Columns) -> str:
+    """The result of the run in one sentence, from what is known of it; it stands under the method's name."""
+    top1: dict[str, Any] = {role: row_of(rows, role).get("top1") for role in ("student", "baseline", "teacher")}
+    student, baseline, teacher = top1["student"], top1["baseline"], top1["teacher"]
+    if not known(student):
+        return "Not evaluated yet."
+    text = f"Student {percent(student)} top-1"
+    if not record.get("result"):
+        step = last(val, "step")
+        text += " so far" + (f" (step {step:.0f})" if step is not None else "")
+    if known(baseline):
+        text += f", {points(student - baseline)} points over labels only"
+    if known(teacher):
+        text += f", teacher {percent(teacher)}"
+    if kept(record):
+        text += f"; the teacher computed on {kept(record)}"
+        saved = record.get("savings") or {}
+        full, part = saved.get("teacher_macs_full"), saved.get("teacher_macs_kept")
+        if known(full) and known(part) and full:
+            text += f": {percent(part / full, 0)} of its multiply-adds"
+    return text + "."
+
+
+def who(record: Record) -> list[tuple[str, str]]:
+    """The teacher, the student and the data, as far as they are named: (role, name)."""
+    models, data = record.get("models") or {}, record.get("data") or {}
+    named = {role: (models.get(role) or {}).get("name") for role in ("teacher", "student")} | {"data": data.get("name")}
+    return [(role, str(name)) for role, name in named.items() if name]
+
+
+def savings(record: Record) -> list[tuple[str, str, str, str]]:
+    """What masking saved: (what, on all patches, on the kept ones, the difference)."""
+    saved = record.get("savings") or {}
+    found = []
+    for what, key, write in (("teacher's multiply-adds", "teacher_macs", si), ("training step", "step_ms", milliseconds)):
+        full, part = saved.get(f"{key}_full"), saved.get(f"{key}_kept")
+        if kept(record) and known(full) and known(part) and full:
+            found.append((what, write(full), write(part), change(full, part)))
+    return found
+
+
+def charts(record: Record, rows: list[Record], train: Columns, val: Columns, baseline_val: Columns) -> list[Chart]:
+    """The curves for which there are numbers."""
+    teacher = row_of(rows, "teacher").get("top1")
+    level = 100 * teacher if known(teacher) else None
+    terms = [name for name in train if name not in NOT_LOSSES]
+    terms += [name.removeprefix("val_") for name in val if name.startswith("val_") and name.removeprefix("val_") not in terms]
+    style = {"total": "total"} | {name: f"term-{i % 6}" for i, name in enumerate(name for name in terms if name != "total")}
+    top1 = [curve("student", "student", val, "top1", 100), curve("student, labels only", "baseline", baseline_val, "top1", 100)]
+    shown = [curve(f"teacher on {kept(record)}", "teacher", val, "teacher_top1", 100)] if kept(record) else []
+    curriculum = "The teacher's own accuracy on the patches it was shown. The paper's curriculum: it rises as the student learns to look."
+    found = [
+        chart("Validation accuracy", [*top1, Line("teacher", "teacher", level=level)], unit="%"),
+        chart(
+            "The teacher on what it was shown",
+            [*shown, Line("teacher on whole pictures", "teacher level", level=level)],
+            unit="%",
+            note=curriculum,
+        ),
+        chart("Training loss", [curve(name, style[name], train, name) for name in style]),
+        chart("Validation loss", [curve(name, style[name], val, f"val_{name}") for name in style]),
+    ]
+    return [drawn for drawn in found if drawn]
+
+
+def curve(name: str, style: str, columns: Columns, column: str, scale: float = 1) -> Line:
+    """A column over the steps (over the row numbers in a file without steps)."""
+    values = [scale * value for value in columns.get(column, [])]
+    steps = columns.get("step") or [float(i) for i in range(len(values))]
+    return Line(name, style, steps[: len(values)], values)
+
+
+def moments(steps: list[int], status: str) -> list[tuple[str, str]]:
+    """What the pictures' columns are called: (start | middle | end, step)."""
+    end = "end" if status == "finished" else "latest"
+    names = {1: [end], 2: ["start", end], 3: ["start", "middle", end]}
+    return [(name, f"step {step}") for name, step in zip(names.get(len(steps), []), steps, strict=True)]
+
+
+def facts(record: Record) -> list[tuple[str, str]]:
+    """What is needed to run it again and to know that it is the same: (name, value)."""
+    data = record.get("data") or {}
+    found = [("command", shlex.join(map(str, record.get("command") or [])))]
+    found += [(name, str(record[name])) for name in ("seed", "started") if record.get(name) is not None]
+    found += [("took", duration(record["seconds"]))] if known(record.get("seconds")) else []
+    train, val = data.get("train"), data.get("val")
+    if known(train) and known(val):
+        found.append(("data", f"{data.get('name', '')}: {train:,} to train, {val:,} to validate"))
+    found += [(str(name), str(version)) for name, version in (record.get("versions") or {}).items()]
+    found += [(f"{name}, SHA-256", str(value)) for name, value in (record.get("hashes") or {}).items()]
+    return [(name, value) for name, value in found if value]

@@ -1,0 +1,78 @@
+"""Reading a run folder: its record (`run.json`) and its tables of numbers (CSV). Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import UserError
+
+Columns = dict[str, list[float]]
+
+
+def read_record(run_dir: str | Path) -> dict[str, Any]:
+    """The record of a run, `RUN/run.json`. Raises UserError when the folder is not a run's or its record cannot be read."""
+    path = Path(run_dir) / "run.json"
+    if not path.is_file():
+        raise UserError(
+            f"'{run_dir}' is not a run folder: it holds no run.json; give a folder that 'stillhouse distill --out FOLDER' wrote."
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"'{path}' cannot be read as JSON ({error}); restore it, or run the distillation again.") from None
+    if not isinstance(record, dict):
+        raise UserError(f"'{path}' holds a {type(record).__name__} where a run's record (a JSON object) was expected.")
+    return record
+
+
+def read_columns(path: Path) -> Columns:
+    """The columns of a CSV file of numbers, all of one length; {} without the file. What is no number is NaN (a run may be writing)."""
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in (rows[0] if rows else {}) if name]
+    return {name: [_number(row.get(name)) for row in rows] for name in names}
+
+
+def _number(text: object) -> float:
+    try:
+        return float(str(text))
+    except ValueError:
+        return math.nan
+
+
+def last(columns: Columns, name: str) -> float | None:
+    """The last finite value of a column; None when there is none."""
+    return next((value for value in reversed(columns.get(name, [])) if math.isfinite(value)), None)
+
+
+def role_of(row: str) -> str:
+    """Whose numbers a row of the result holds: "teacher", "student", or "baseline" (the student without distillation)."""
+    if row.startswith("teacher"):
+        return "teacher"
+    return "baseline" if "labels only" in row else "student"
+
+
+def results(record: dict[str, Any], val: Columns, baseline_val: Columns) -> list[dict[str, Any]]:
+    """The rows of the result, each with its "role". Before there is one: the models' sizes and the last evaluations."""
+    rows = record.get("result")
+    if not rows:
+        models = record.get("models") or {}
+        method = record.get("method", "distilled")
+        rows = [
+            {"row": "teacher", **(models.get("teacher") or {})},
+            {"row": f"student ({method})", **(models.get("student") or {}), "top1": last(val, "top1")},
+            {"row": "student, labels only", **(models.get("student") or {}), "top1": last(baseline_val, "top1")},
+        ]
+        rows = [row for row in rows if row.get("top1") is not None or ("params" in row and "labels only" not in row["row"])]
+    return [{**row, "role": role_of(str(row.get("row", "")))} for row in rows]
+
+
+def row_of(rows: list[dict[str, Any]], role: str) -> dict[str, Any]:
+    """The first row of a role; {} when there is none."""
+    return next((row for row in rows if row["role"] == role), {})

@@ -1,0 +1,108 @@
+"""From a few words to a run folder. Imports nothing heavy: the command line is made from this signature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stillhouse.run_folder import open_folder, read_facts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from stillhouse.data import Data
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a distillation leaves behind, read from its folder."""
+
+    folder: Path
+
+    @cached_property
+    def student(self) -> nn.Module:
+        """The student."""
+        from stillhouse.models.saving import load_student
+
+        return load_student(self.folder / "student")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The contents of `run.json`: status, versions, hashes, models, results."""
+        return read_facts(self.folder)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last evaluation: top1, top5, nll, ece; with a teacher agreement, teacher_top1 (on what it was shown), and each loss term."""
+        metrics: dict[str, float] = self.facts["metrics"]
+        return metrics
+
+    @property
+    def report(self) -> Path:
+        """The page to open in a browser."""
+        return self.folder / "report.html"
+
+
+def distill(
+    method: str = "masked_kd",
+    *,
+    teacher: str | nn.Module | None = None,
+    student: str | nn.Module | None = None,
+    data: str | Data | None = None,
+    out: str | None = None,
+    teacher_weights: str = "pretrained",
+    student_weights: str = "random",
+    allow_partial: bool = False,
+    allow_weak_teacher: bool = False,
+    baseline: bool = False,
+    bad_data: Literal["refuse", "skip"] = "refuse",
+    resume: bool = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Run:
+    """Distil a student from a teacher. Without networks and data: the embedded job, about a minute on two cores.
+
+    Args:
+        method: a name from `stillhouse methods`.
+        teacher: timm/NAME, torchvision/NAME or transformers/NAME_OR_PATH, each with options (timm/NAME:img_size=28,depth=4); a run folder;
+            or in Python a module.
+        student: likewise.
+        data: digits, fashion-mnist, imagefolder:DIR or hf:DIR_OR_NAME, each with options; or in Python a `stillhouse.data.Data`.
+        out: the run folder; by default the next free runs/METHOD-N.
+        teacher_weights: pretrained, or a file of weights (safetensors, or a state dict that needs no pickle).
+        student_weights: random, pretrained, or a file.
+        allow_partial: accept weights with missing or unexpected keys; they are logged.
+        allow_weak_teacher: go on although the teacher is no better than chance on this data.
+        baseline: also train the same student on labels only, same recipe and seed, into OUT/baseline; always done in the embedded job.
+        bad_data: refuse stops at unreadable images and names them; skip leaves them out and lists them in the run folder.
+        resume: go on with the run in OUT, exactly; its settings are read from there.
+        overwrite: remove the run in OUT first.
+        settings: of the loop (`stillhouse.training.recipe.Recipe`), the augmentation (`stillhouse.data.transforms.train_transform`), and the
+            method.
+
+    Returns:
+        The run: `.student`, `.metrics`, `.report`.
+
+    Raises:
+        UserError: for what cannot work, in one sentence, before any work is spent; or a loss that is not finite.
+        Interrupted: when stopped by Ctrl-C or SIGTERM, after writing a checkpoint.
+    """
+    asked = {name: value for name, value in locals().items() if name not in ("settings", "out", "resume", "overwrite")}
+    given = {name: value for name, value in asked.items() if value != _DEFAULTS.get(name)} | settings
+    if teacher is None and student is None and data is None and not resume:
+        from stillhouse.embedded import embedded_job
+
+        given = embedded_job(method, given, out)
+    folder, stored = open_folder(out, method, given, resume, overwrite)
+    if stored is not None and (folder / "run.json").exists() and read_facts(folder)["status"] == "finished":
+        return Run(folder)
+    from stillhouse.session import Session
+
+    job = {**asked, **given} if stored is None else {**stored, **{name: value for name, value in given.items() if stored.get(name) is None}}
+    Session(folder, job, resume).run()
+    return Run(folder)
+
+
+_DEFAULTS: dict[str, Any] = {**(distill.__kwdefaults__ or {}), "method": "masked_kd"}

@@ -1,0 +1,105 @@
+"""The folder of a run: found, made, taken up again, never overwritten by accident. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stillhouse.errors import UserError
+
+
+def open_folder(
+    out: str | None, method: str, given: dict[str, Any], resume: bool, overwrite: bool
+) -> tuple[Path, dict[str, Any] | None]:
+    """The run folder, and the settings stored there if the run is to be resumed.
+
+    Args:
+        out: where; None: the next free runs/METHOD-N.
+        given: the settings named by the user; a resume refuses those that differ from what is stored.
+
+    Raises:
+        UserError: if the folder holds something and neither resume nor overwrite is asked for, it is no run folder, there is nothing to
+            resume, or another setting is given than the run has.
+    """
+    folder = Path(out) if out else _next_free(method)
+    if resume:
+        return folder, _stored(folder, out, given)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, expected a folder for the run; choose another with --out")
+    if folder.is_dir() and any(folder.iterdir()) and _is_main_process():
+        if not overwrite:
+            raise UserError(f"{folder} already holds something; go on with it with --resume, replace the run with --overwrite, or choose another --out")
+        if not (folder / "settings.yaml").is_file():
+            raise UserError(f"{folder} is no run folder (it has no settings.yaml) and is not removed; choose another --out")
+        shutil.rmtree(folder)
+    return folder, None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A run's settings, plain YAML: tags and classes are refused.
+
+    Raises:
+        UserError: if it is not there or not a plain mapping.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as settings: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no settings, expected lines of NAME: VALUE")
+    return settings
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Settings as FOLDER/settings.yaml, which `--config` takes."""
+    _write_whole(folder / "settings.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The contents of a run's `run.json`.
+
+    Raises:
+        UserError: if the folder is no run folder.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no run folder: its run.json cannot be read ({error})") from error
+    return facts
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Facts as FOLDER/run.json."""
+    _write_whole(folder / "run.json", json.dumps(facts, indent=1))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _stored(folder: Path, out: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    if out is None:
+        raise UserError("--resume needs the run folder: name it with --out")
+    if not (folder / "settings.yaml").is_file():
+        raise UserError(f"there is no run to resume in {folder}: it has no settings.yaml; leave out --resume to start one")
+    stored = read_settings(folder / "settings.yaml")
+    for name, value in given.items():
+        if name in stored and stored[name] is not None and stored[name] != value:
+            raise UserError(f"the run in {folder} has {name}={stored[name]}, not {value}; resume it without that, or start another with --out")
+    return stored
+
+
+def _next_free(method: str) -> Path:
+    taken = {path.name for path in Path("runs").glob(f"{method}-*")}
+    return next(Path("runs") / f"{method}-{number}" for number in range(1, len(taken) + 2) if f"{method}-{number}" not in taken)
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,216 @@
+"""One run from its settings to its report: opens the parts, checks them, trains, keeps the student, and says what came of it."""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import logging
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import timm
+import torch
+from torch import nn
+
+import stillhouse
+from stillhouse import distillers
+from stillhouse.check import check_distiller
+from stillhouse.data import Data, open_data
+from stillhouse.data.transforms import eval_transform, train_transform
+from stillhouse.distillers.base import Distiller, Stage
+from stillhouse.errors import UserError, nearest
+from stillhouse.models.opening import open_model
+from stillhouse.models.preprocessing import Preprocessing, preprocessing_of, set_preprocessing
+from stillhouse.models.saving import save_student
+from stillhouse.models.weights import weights_hash
+from stillhouse.report import write_report
+from stillhouse.results import results
+from stillhouse.run_folder import write_facts, write_settings
+from stillhouse.training.interrupt import Interrupted
+from stillhouse.training.loop import Loop
+from stillhouse.training.recipe import NAMES, Recipe
+
+LOG = logging.getLogger("stillhouse")
+AUGMENTATION = frozenset(inspect.signature(train_transform).parameters) - {"preprocessing", "data"}
+RUN = ("method", "teacher", "student", "data", "teacher_weights", "student_weights", "allow_partial", "allow_weak_teacher", "baseline", "bad_data")
+
+
+class Session:
+    """A run in its folder.
+
+    Args:
+        folder: the run folder; made when the parts are known to work.
+        job: the settings by name: of `stillhouse.distill`, the recipe, the augmentation and the method.
+        resume: go on from the folder's last checkpoint.
+
+    Raises:
+        UserError: if a setting is unknown or a part cannot be opened.
+    """
+
+    def __init__(self, folder: Path, job: dict[str, Any], resume: bool) -> None:
+        self.folder, self.resume, self.started = folder, resume, time.time()
+        self.method = job["method"]
+        self.recipe, self.augmentation, self.settings = split_settings(self.method, {k: v for k, v in job.items() if k not in RUN})
+        self.job = job
+        self.data = open_data(_needed(job, "data"), seed=self.recipe.seed, bad_data=job["bad_data"])
+        self.teacher = self.open_teacher()
+        self.student = open_student(_needed(job, "student"), self.data, job["student_weights"], job["allow_partial"], self.recipe.seed)
+        self.preprocessing = input_of(self.student, self.data)
+        self.transforms = train_transform(self.preprocessing, self.data, **self.augmentation), eval_transform(self.preprocessing, self.data)
+
+    def open_teacher(self) -> nn.Module | None:
+        """The teacher with its weights, if the method has one."""
+        needs = "teacher" in inspect.signature(distillers.find(self.method).__init__).parameters
+        named = self.job["teacher"]
+        if needs and named is None:
+            raise UserError(f"method {self.method} needs a teacher: name it with --teacher, or train without one with --method scratch")
+        if not needs:
+            return None
+        job = self.job
+        return open_model(
+            named, classes=len(self.data.classes), channels=self.data.channels, weights=job["teacher_weights"], allow_partial=job["allow_partial"]
+        )
+
+    def run(self) -> None:
+        """Trains stage by stage, then keeps the student and writes the results and the report."""
+        stages = distillers.find(self.method).stages(self.student, self.teacher, self.recipe.epochs, **self.settings)
+        for number, stage in enumerate(stages):
+            if number == 0:
+                check_distiller(stage.distiller, self.data, self.transforms[1], allow_weak_teacher=self.job["allow_weak_teacher"])
+                self.begin(stage)
+            metrics = self.train(stage)
+        self.finish(stage.distiller, metrics)
+
+    def begin(self, stage: Stage) -> None:
+        """Everything was opened and checked: from here on there is a folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        described = {name: _plain(self.job[name]) for name in RUN}
+        write_settings(self.folder, described | vars(self.recipe) | self.augmentation | self.settings)
+        self.facts = {
+            "status": "running",
+            "method": self.method,
+            "title": type(stage.distiller).__name__,
+            "command": shlex.join(["stillhouse", *sys.argv[1:]]),
+            "seed": self.recipe.seed,
+            "versions": versions(),
+            "hashes": {"teacher": weights_hash(self.teacher) if self.teacher is not None else None, "data": self.data.fingerprint},
+            "data": {
+                "name": self.data.name,
+                "classes": self.data.classes,
+                "train": len(self.data.train),  # type: ignore[arg-type]
+                "val": len(self.data.val),  # type: ignore[arg-type]
+                "skipped": self.data.skipped,
+            },
+            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+        write_facts(self.folder, self.facts)
+
+    def train(self, stage: Stage) -> dict[str, float]:
+        """Runs the loop on one stage; says in `run.json` how it ended."""
+        folder = self.folder / stage.name
+        folder.mkdir(exist_ok=True)
+        facts = {
+            "method": self.method,
+            "student": _plain(self.job["student"]),
+            "teacher": self.facts["hashes"]["teacher"],
+            "data": self.facts["hashes"]["data"],
+            "settings": {name: str(value) for name, value in {**vars(self.recipe), **self.augmentation, **self.settings}.items()},
+        }
+        recipe = self.recipe if stage.epochs == self.recipe.epochs else Recipe(**{**vars(self.recipe), "epochs": stage.epochs})
+        loop = Loop(stage.distiller, self.data, self.transforms, self.preprocessing, recipe, folder, facts, title=self.folder.name)
+        self.accelerator = loop.accelerator
+        try:
+            metrics = loop.run(self.resume)
+        except (Interrupted, KeyboardInterrupt, UserError) as error:
+            self.end("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+            raise
+        self.kept = loop.kept
+        return metrics
+
+    def finish(self, distiller: Distiller, metrics: dict[str, float]) -> None:
+        """Keeps the student, trains the baseline if asked, compares, and writes the report."""
+        self.facts["metrics"] = metrics
+        if self.accelerator.is_main_process:
+            save_student(self.kept, self.folder / "student")
+        self.accelerator.wait_for_everyone()
+        if self.job["baseline"] and self.method != "scratch":
+            self.train_baseline()
+        if self.accelerator.is_main_process:
+            self.facts |= results(self.folder, distiller, self.kept, self.data, self.transforms[1], self.recipe, metrics, self.accelerator)
+            self.end("finished")
+            LOG.info("report: %s", write_report(self.folder))
+        self.accelerator.wait_for_everyone()
+
+    def train_baseline(self) -> None:
+        """The same student, recipe and seed without a teacher, in the folder `baseline`."""
+        job = {**{name: value for name, value in self.job.items() if name not in self.settings}, "method": "scratch", "baseline": False, "teacher": None}
+        folder = self.folder / "baseline"
+        resume = (folder / "settings.yaml").is_file()
+        Session(folder, job, resume).run()
+
+    def end(self, status: str) -> None:
+        """Says in `run.json` how the run stands."""
+        if self.accelerator.is_main_process:
+            self.facts |= {"status": status, "seconds": round(time.time() - self.started, 1)}
+            write_facts(self.folder, self.facts)
+
+
+def split_settings(method: str, settings: dict[str, Any]) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
+    """The recipe, the augmentation and the method's own settings (with their defaults) out of one flat list.
+
+    Raises:
+        UserError: for a name none of them knows, with the nearest one.
+    """
+    own = distillers.settings(method)
+    for name in settings:
+        if name not in NAMES | AUGMENTATION | set(own):
+            known = [*own, *NAMES, *AUGMENTATION]
+            raise UserError(f"'{name}' is no setting of {method} or of the training{nearest(name, known)}; {method} knows {', '.join(own) or 'none'}")
+    recipe = Recipe(**{name: value for name, value in settings.items() if name in NAMES})
+    augmentation = {name: value for name, value in settings.items() if name in AUGMENTATION}
+    return recipe, augmentation, {name: settings.get(name, parameter.default) for name, parameter in own.items()}
+
+
+def open_student(spec: str | nn.Module, data: Data, weights: str, allow_partial: bool, seed: int) -> nn.Module:
+    """The student with a head that fits the data. With random weights it takes images normalised by the data's own mean and std."""
+    student = open_model(
+        spec, classes=len(data.classes), channels=data.channels, weights=weights, allow_partial=allow_partial, seed=seed, new_head=True
+    )
+    if weights == "random" and isinstance(spec, str) and student.stillhouse["weights"] == "random":  # type: ignore[index]
+        own = preprocessing_of(student)
+        size = own.size if own and hasattr(student, "patch_embed") else getattr(getattr(student, "config", None), "image_size", None)
+        set_preprocessing(student, Preprocessing(data.mean, data.std, size or data.size or (own.size if own else None) or 224))
+    return student
+
+
+def input_of(student: nn.Module, data: Data) -> Preprocessing:
+    """What the data's images are made into: what the student was trained with, or the data's own statistics for a network that says nothing."""
+    known = preprocessing_of(student)
+    return known or Preprocessing(data.mean, data.std, data.size or 224)
+
+
+def versions() -> dict[str, str]:
+    """What this run was made with."""
+    return {
+        "stillhouse": stillhouse.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _needed(job: dict[str, Any], part: str) -> Any:
+    if job[part] is None:
+        raise UserError(f"name the {part} with --{part}; or name neither teacher, student nor data to run the embedded job")
+    return job[part]
+
+
+def _plain(value: Any) -> Any:
+    """A setting as YAML can hold it: objects given in Python are named, not kept."""
+    return value if isinstance(value, (str, int, float, bool, type(None))) else None

@@ -1,0 +1,1 @@
+"""The loop, optimisers, checkpoints, resume: the only place that knows Accelerate."""

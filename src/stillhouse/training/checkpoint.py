@@ -1,0 +1,100 @@
+"""Checkpoints: safetensors and JSON, never a pickle; written beside, flushed, and renamed, so that a killed write costs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stillhouse.errors import UserError
+
+KEPT = 2
+"""How many checkpoints a run keeps: the last, and the one before in case the last is damaged."""
+
+
+def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> Path:
+    """Writes `parts` (a safetensors file each) and `facts` as FOLDER/step-00000123, and removes all but the last ones.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        step: how many updates are done.
+        parts: tensors by file name.
+        facts: what must hold for a resume (method, hashes, settings), as JSON.
+
+    Raises:
+        UserError: if the disk is full or the folder cannot be written; what was there before stays.
+    """
+    target, beside = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for name, tensors in parts.items():
+            save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, beside / f"{name}.safetensors")
+        sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
+        (beside / "state.json").write_text(json.dumps({"step": step, "files": sums, **facts}, indent=1))
+        for path in beside.iterdir():
+            _flush(path)
+        shutil.rmtree(target, ignore_errors=True)
+        beside.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(f"the checkpoint of step {step} could not be written to {folder}: {error}; free space there, then go on with --resume") from error
+    for old in checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a run's folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The parts and facts of a checkpoint, every file checked against its sum.
+
+    Raises:
+        UserError: if a file is missing, damaged, or no safetensors file.
+    """
+    try:
+        facts = json.loads((path / "state.json").read_text())
+        parts = {}
+        for name, digest in facts["files"].items():
+            if _sha256(path / Path(name).name) != digest:
+                raise UserError(f"{path / name} is damaged: its contents are not what was written; remove {path} to go on from the one before")
+            parts[Path(name).stem] = load_file(path / Path(name).name)
+    except (OSError, KeyError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(f"{path} is not a whole checkpoint ({error}); remove it to go on from the one before") from error
+    return parts, facts
+
+
+def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
+    """An optimiser's state as flat tensors, `{"3.exp_avg": …}`; its hyper-parameters are the recipe's and need no saving."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": torch.as_tensor(value) for index, slots in state.items() for name, value in slots.items()}
+
+
+def load_optimizer_tensors(optimizer: Any, tensors: dict[str, Tensor]) -> None:
+    """Puts `optimizer_tensors` back."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,301 @@
+"""The loop: runs any `Distiller`, a few lines a step. Everything under it is Accelerate's: devices, processes, precision, trackers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from safetensors.torch import save_file
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+
+from stillhouse.data import Data
+from stillhouse.data.loading import TrainBatches, eval_batches, mixing
+from stillhouse.distillers.base import Clock, Distiller
+from stillhouse.errors import UserError
+from stillhouse.models.preprocessing import Preprocessing
+from stillhouse.randomness import samples, seed_from
+from stillhouse.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from stillhouse.training.evaluation import evaluate
+from stillhouse.training.interrupt import Interruption
+from stillhouse.training.log import Table, Terms, read_table
+from stillhouse.training.optim import players_of
+from stillhouse.training.progress import Progress
+from stillhouse.training.recipe import Recipe
+
+SMOKE_STEPS, SMOKE_BATCHES, PICTURES = 4, 2, 6
+
+
+class Loop:
+    """A training that can be stopped at any step and goes on from there exactly.
+
+    Args:
+        distiller: what learns, and from what.
+        data: images and labels.
+        transforms: the training and the evaluation transform.
+        preprocessing: what both transforms make of an image; pictures are drawn by undoing it.
+        recipe: how to train.
+        folder: where figures, pictures and checkpoints go.
+        facts: what must be equal for a checkpoint to be taken up again (method, hashes of teacher, data and settings).
+        title: what the progress bar calls it.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        data: Data,
+        transforms: tuple[Any, Any],
+        preprocessing: Preprocessing,
+        recipe: Recipe,
+        folder: Path,
+        facts: dict[str, Any] | None = None,
+        title: str = "",
+    ) -> None:
+        self.accelerator = accelerator_for(recipe, folder, turns=len(distiller.turns()))
+        self.data, self.recipe, self.folder, self.facts, self.title = data, recipe, folder, facts or {}, title
+        self.eval_transform, self.preprocessing = transforms[1], preprocessing
+        self.batch = recipe.batch
+        self.batches = TrainBatches(
+            data.train,
+            transforms[0],
+            batch=recipe.batch,
+            seed=recipe.seed,
+            shards=self.accelerator.num_processes,
+            shard=self.accelerator.process_index,
+            workers=recipe.workers,
+            mix=mixing(len(data.classes), mixup=recipe.mixup, cutmix=recipe.cutmix, smoothing=recipe.smoothing),
+        )
+        if self.batch // self.accelerator.num_processes % recipe.accumulate:
+            raise UserError(f"a process's part of the batch of {self.batch} does not divide into accumulate={recipe.accumulate} parts")
+        self.steps_per_epoch = len(self.batches)
+        self.steps = min(recipe.epochs * self.steps_per_epoch, recipe.max_steps or math.inf, SMOKE_STEPS if recipe.smoke else math.inf)
+        warmup = round(recipe.warmup_epochs * self.steps_per_epoch) if recipe.warmup_epochs < recipe.epochs else 0
+        self.distiller = distiller.to(self.accelerator.device)
+        self.players = players_of(distiller, recipe, int(self.steps), min(warmup, int(self.steps) // 5))
+        self.ema = ModelEmaV3(distiller.product, decay=recipe.ema, use_warmup=True) if recipe.ema is not None else None
+        if recipe.compile:
+            for network in distiller.children():
+                network.compile()
+        self.model = self.accelerator.prepare(distiller)
+        for player in self.players:
+            player.optimizer = self.accelerator.prepare_optimizer(player.optimizer)
+        self.terms = Terms()
+        self.step = 0
+
+    def run(self, resume: bool = False) -> dict[str, float]:
+        """Trains to the end and returns the last evaluation's metrics.
+
+        Raises:
+            Interrupted: after a signal to stop, once a checkpoint is written.
+            Diverged: if a loss is not finite; the last checkpoint is from before.
+            UserError: if there is nothing to resume, or what is there is of another run.
+        """
+        if resume:
+            self.load()
+        train, speed, val = (Table(self.folder / f"{name}.csv", self.step) for name in ("train", "speed", "val"))
+        metrics: dict[str, float] = {}
+        first, elsewhere, begun = self.step, 0.0, time.perf_counter()
+        self.pictures(first)
+        with Interruption() as interruption, Progress(self.title, int(self.steps), self.step, self.accelerator.is_main_process) as progress:
+            for step, *batch in self.to_do():
+                self.update(step, *batch)
+                self.step = step + 1
+                progress.advance()
+                if self.step % self.recipe.log_every == 0 or self.step == self.steps:
+                    row = self.terms.mean(self.accelerator)
+                    self.write(train, {"lr": self.players[0].optimizer.param_groups[0]["lr"], **row})
+                    seconds = time.perf_counter() - begun - elsewhere
+                    self.write(speed, {"images_per_second": (self.step - first) * self.batch / max(seconds, 1e-9)})
+                    progress.show(f"loss {row['total']:.3f}" if row else "")
+                paused = time.perf_counter()
+                if self.evaluates():
+                    metrics = self.evaluate()
+                    self.write(val, metrics)
+                    progress.show(f"top-1 {metrics['top1']:.3f}")
+                self.pictures(self.step)
+                if self.saves() or interruption.asked:
+                    self.save()
+                interruption.stop_if_asked(self.folder, self.step)
+                elsewhere += time.perf_counter() - paused
+        self.accelerator.end_training()
+        return metrics or {name: float(value) for name, value in read_table(val.path)[-1].items() if name not in ("step", "epoch")}
+
+    def to_do(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """(step, ids, images, labels) from where the run is to its end: this process's share of every global batch."""
+        while self.step < self.steps:
+            epoch, start = divmod(self.step, self.steps_per_epoch)
+            for index, ids, images, labels in self.batches.epoch(epoch, start):
+                yield epoch * self.steps_per_epoch + index, ids, images, labels
+                if self.step >= self.steps:
+                    return
+
+    def update(self, step: int, ids: Tensor, images: Tensor, labels: Tensor) -> None:
+        """One step: every turn that is due learns from the same images; then what moves without gradients moves."""
+        images, labels = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in (images, labels))
+        parts = list(zip(*(tensor.chunk(self.recipe.accumulate) for tensor in (ids, images, labels)), strict=True))
+        self.model.train()
+        seen: dict[str, Tensor] = {}
+        for player in self.players:
+            if step % player.turn.every:
+                continue
+            player.schedule.step_update(step)
+            for number, part in enumerate(parts):
+                torch.manual_seed(seed_from(self.recipe.seed, "step", step, player.turn.name, self.accelerator.process_index, number))
+                terms = self.learn(player.turn.name, step, *part, share=1 / len(parts), last=number == len(parts) - 1)
+                for name, value in terms.items():
+                    seen[name] = seen.get(name, 0.0) + value.detach() / len(parts)
+            if self.recipe.clip is not None:
+                self.accelerator.clip_grad_norm_(player.turn.parameters, self.recipe.clip)
+            player.optimizer.step()
+            self.model.zero_grad(set_to_none=True)
+        self.terms.add(step, seen)
+        self.distiller.after_update(self.clock(step + 1))
+        if self.ema is not None:
+            self.ema.update(self.distiller.product, step=step + 1)
+
+    def learn(self, turn: str, step: int, ids: Tensor, images: Tensor, labels: Tensor, share: float, last: bool) -> dict[str, Tensor]:
+        """The gradients of one part of the batch; processes exchange them with the last part only."""
+        waiting = nullcontext() if last else self.accelerator.no_sync(self.model)
+        with waiting, samples(self.recipe.seed, step, ids):
+            with self.accelerator.autocast():
+                terms = self.model((images, labels), turn)
+            self.accelerator.backward(torch.stack(list(terms.values())).sum() * share)
+        return terms
+
+    def clock(self, step: int) -> Clock:
+        """Where the training is after `step` updates."""
+        return Clock(step, int(self.steps), step // self.steps_per_epoch, self.recipe.epochs)
+
+    def evaluates(self) -> bool:
+        """Whether an evaluation is due: after every `eval_every`-th epoch, and at the end."""
+        return self.step == self.steps or self.step % (self.recipe.eval_every * self.steps_per_epoch) == 0
+
+    def saves(self) -> bool:
+        """Whether a checkpoint is due."""
+        return self.step == self.steps or self.step % (self.recipe.save_every or self.steps_per_epoch) == 0
+
+    def evaluate(self) -> dict[str, float]:
+        """The metrics of the student that would be kept now."""
+        batches = eval_batches(
+            self.data.val,
+            self.eval_transform,
+            batch=self.batch,
+            workers=self.recipe.workers,
+            shards=self.accelerator.num_processes,
+            shard=self.accelerator.process_index,
+        )
+        if self.recipe.smoke:
+            batches = (batch for _, batch in zip(range(SMOKE_BATCHES), batches, strict=False))
+        torch.manual_seed(seed_from(self.recipe.seed, "evaluate", self.step))
+        return evaluate(self.kept, batches, self.accelerator, len(self.data.classes), self.distiller)
+
+    @property
+    def kept(self) -> nn.Module:
+        """What the run would leave behind now: the distiller's product, or its moving average."""
+        return self.ema.module if self.ema is not None else self.distiller.product
+
+    def pictures(self, step: int) -> None:
+        """At the start, the middle and the end: what a handful of validation images look like to student and teacher, for the report."""
+        moments = {0: 0.0, int(self.steps) // 2: 0.5, int(self.steps): 1.0}
+        if step not in moments or not self.accelerator.is_main_process:
+            return
+        few = eval_batches(self.data.val, self.eval_transform, batch=self.batch, workers=0, shards=1, shard=0)
+        ids, images, labels = (tensor[:PICTURES] for tensor in next(iter(few)))
+        training = self.distiller.training
+        self.distiller.eval()
+        torch.manual_seed(seed_from(self.recipe.seed, "look", step))
+        maps = self.distiller.look((images.to(self.accelerator.device), labels.to(self.accelerator.device)))
+        self.distiller.train(training)
+        tensors = {"images": self.undo(images), "labels": labels, **{name: value.float().cpu() for name, value in maps.items()}}
+        (self.folder / "pictures").mkdir(exist_ok=True)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            self.folder / "pictures" / f"step-{step:08d}.safetensors",
+            metadata={"step": str(step), "progress": str(moments[step])},
+        )
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Pictures uint8 [n, C, H, W] from what the student takes."""
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.preprocessing.mean, self.preprocessing.std))
+        return ((images * std + mean) * 255).round().clamp(0, 255).byte()
+
+    def write(self, table: Table, row: dict[str, float]) -> None:
+        """A row for the CSV file and the trackers."""
+        if not self.accelerator.is_main_process:
+            return
+        epoch = -(-self.step // self.steps_per_epoch)
+        table.add({"step": self.step, "epoch": epoch, **row})
+        self.accelerator.log({f"{table.path.stem}/{name}": value for name, value in row.items()}, step=self.step)
+
+    def save(self) -> None:
+        """A checkpoint of all that learns, once the losses up to here are known to be finite."""
+        self.terms.check()
+        if self.accelerator.is_main_process:
+            parts = {"distiller": _tensors(self.distiller.state_dict()), **{f"optimizer-{p.turn.name}": optimizer_tensors(p.optimizer) for p in self.players}}
+            parts["log"] = self.terms.tensors()
+            if self.ema is not None:
+                parts["ema"] = _tensors(self.ema.module.state_dict())
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
+            save_checkpoint(self.folder / "checkpoints", self.step, parts, {"facts": self.facts, "scaler": scaler})
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> None:
+        """Takes up the last checkpoint.
+
+        Raises:
+            UserError: if there is none, it is damaged, or of another method, model, teacher, data set or settings.
+        """
+        found = checkpoints(self.folder / "checkpoints")
+        if not found:
+            return
+        parts, facts = load_checkpoint(found[-1])
+        for name, value in self.facts.items():
+            if facts["facts"].get(name) != value:
+                raise UserError(f"{found[-1]} is of another {name} ({facts['facts'].get(name)}, now {value}); start anew in another folder with --out")
+        self.distiller.load_state_dict(parts["distiller"])
+        for player in self.players:
+            load_optimizer_tensors(player.optimizer, parts[f"optimizer-{player.turn.name}"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(parts["ema"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        self.step = facts["step"]
+        self.terms.restore(parts["log"])
+
+def accelerator_for(recipe: Recipe, folder: Path, turns: int = 1) -> Accelerator:
+    """Accelerate's view of this machine or cluster, as `accelerate launch` or torchrun set it up.
+
+    Raises:
+        UserError: if the precision asked for does not work here, or a tracker is unknown or not installed.
+    """
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision fp16 needs a CUDA device; use bf16 or fp32 here")
+    trackers = [name for name in recipe.trackers.split(",") if name not in ("", "none")]
+    try:
+        accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
+            log_with=trackers,
+            project_dir=folder / "curves",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=turns > 1)],
+        )
+        accelerator.init_trackers("stillhouse")
+    except (ValueError, ImportError) as error:
+        raise UserError(f"trackers is '{recipe.trackers}': {error}; use tensorboard or none, or install the tracker") from error
+    return accelerator
+
+
+def _tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}

@@ -1,0 +1,80 @@
+"""Optimisers and learning rates for each turn, made by timm's factories. Nothing here needs saving but the optimisers' own state."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import timm.optim
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from stillhouse.distillers.base import Distiller, Turn
+from stillhouse.errors import UserError, nearest
+from stillhouse.training.recipe import Recipe
+
+
+@dataclass
+class Player:
+    """A turn with its optimiser and the schedule of its learning rate."""
+
+    turn: Turn
+    optimizer: Any
+    schedule: CosineLRScheduler
+
+
+def players_of(distiller: Distiller, recipe: Recipe, steps: int, warmup_steps: int) -> list[Player]:
+    """One player for each of the distiller's turns.
+
+    Raises:
+        UserError: if timm has no such optimiser.
+    """
+    return [_player(distiller, turn, recipe, steps, warmup_steps) for turn in distiller.turns()]
+
+
+def _player(distiller: Distiller, turn: Turn, recipe: Recipe, steps: int, warmup_steps: int) -> Player:
+    name = turn.optimizer or recipe.optimizer
+    known = timm.optim.list_optimizers()
+    if name not in known:
+        raise UserError(f"there is no optimizer '{name}'{nearest(name, known)}; timm knows {', '.join(known)}")
+    optimizer = create_optimizer_v2(parameter_groups(distiller, turn, recipe), opt=name, lr=recipe.lr, weight_decay=0.0)
+    return Player(turn, optimizer, cosine(optimizer, recipe, steps, warmup_steps))
+
+
+def cosine(optimizer: Optimizer, recipe: Recipe, steps: int, warmup_steps: int) -> CosineLRScheduler:
+    """Linear warm-up, then a cosine down to `min_lr`: a function of the step alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return CosineLRScheduler(
+            optimizer,
+            t_initial=max(1, steps),
+            lr_min=min(recipe.min_lr, recipe.lr),
+            warmup_t=min(warmup_steps, steps - 1),
+            warmup_lr_init=min(1e-6, recipe.lr),
+            t_in_epochs=False,
+        )
+
+
+def parameter_groups(distiller: Distiller, turn: Turn, recipe: Recipe) -> list[dict[str, Any]]:
+    """The turn's parameters in timm's groups: no decay on biases, norms and what a network excludes; layer-wise rates where asked for."""
+    wanted = {id(parameter) for parameter in turn.parameters}
+    groups: list[dict[str, Any]] = [{"params": list(distiller.parameters(recurse=False)), "weight_decay": 0.0}]
+    for network in distiller.children():
+        groups += _network_groups(network, recipe)
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) in wanted]
+        group.pop("param_names", None)
+    return [group for group in groups if group["params"]]
+
+
+def _network_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    excluded = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+    if recipe.layer_decay is None:
+        return param_groups_weight_decay(network, recipe.weight_decay, no_weight_decay_list=excluded)
+    if not hasattr(network, "group_matcher"):
+        return param_groups_weight_decay(network, recipe.weight_decay, no_weight_decay_list=excluded)
+    groups = param_groups_layer_decay(network, recipe.weight_decay, no_weight_decay_list=excluded, layer_decay=recipe.layer_decay)
+    return [{**group, "lr": recipe.lr * group.get("lr_scale", 1.0)} for group in groups]

@@ -1,0 +1,92 @@
+"""How a run trains, apart from what it learns: one flat list of settings, each a flag of the command. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from stillhouse.errors import UserError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of the training loop.
+
+    Args:
+        epochs: passes over the training data.
+        max_steps: stop after so many updates, wherever that is; the learning rate's schedule ends there too.
+        batch: images per update, over all processes and accumulated parts.
+        accumulate: split each process's part of the batch into so many passes; the update is the same.
+        optimizer: a name timm knows: adamw, sgd, lamb, lion, muon, …
+        lr: learning rate at its peak.
+        min_lr: learning rate at the end of the cosine.
+        warmup_epochs: epochs of linear warm-up.
+        weight_decay: decoupled decay; biases, norms and what the model excludes have none.
+        layer_decay: factor on the learning rate from each layer to the one below; none by default.
+        clip: largest norm of the gradient; none by default.
+        precision: fp32, bf16 or fp16 autocast.
+        ema: decay of an exponential moving average of the student, which is then the one evaluated and kept; none by default.
+        compile: compile the networks with torch.compile.
+        mixup: mixup's alpha, 0 for none; mixed labels are soft.
+        cutmix: cutmix's alpha, 0 for none.
+        smoothing: label smoothing in [0, 1).
+        workers: processes that load images; 0 loads in the main process.
+        save_every: updates between checkpoints; by default one an epoch.
+        log_every: updates between rows of the log; the loss is checked there too.
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+        trackers: where curves go beside the CSV files: tensorboard, wandb, mlflow, trackio, or none; several joined by commas.
+        seed: everything random is a function of it.
+        smoke: do everything once, tiny: four updates, two batches of evaluation.
+    """
+
+    epochs: int = 100
+    max_steps: int | None = None
+    batch: int = 128
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    warmup_epochs: float = 5.0
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    clip: float | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    ema: float | None = None
+    compile: bool = False
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.0
+    workers: int = 0
+    save_every: int | None = None
+    log_every: int = 50
+    eval_every: int = 1
+    trackers: str = "tensorboard"
+    seed: int = 0
+    smoke: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work.
+
+        Raises:
+            UserError: naming the setting, its value and what was expected.
+        """
+        for name in ("epochs", "batch", "accumulate", "log_every", "eval_every", "max_steps", "save_every"):
+            self._expect(name, lambda value: value >= 1, "a whole number of at least 1")
+        for name in ("lr", "clip"):
+            self._expect(name, lambda value: 0 < value < math.inf, "a positive finite number")
+        for name in ("min_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix", "workers", "seed"):
+            self._expect(name, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        for name in ("ema", "smoothing"):
+            self._expect(name, lambda value: 0 <= value < 1, "a number in [0, 1)")
+        self._expect("layer_decay", lambda value: 0 < value <= 1, "a number in (0, 1]")
+        self._expect("precision", lambda value: value in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16")
+
+    def _expect(self, name: str, holds: object, expected: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not holds(value):  # type: ignore[operator]
+            raise UserError(f"{name} is {value}, expected {expected}")
+
+
+NAMES = frozenset(field.name for field in fields(Recipe))
+"""The names of all settings of the loop."""

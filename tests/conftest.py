@@ -1,0 +1,120 @@
+"""Tiny networks with weights that matter: every family that is supported, built for real, small enough for a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+CLASSES = 5
+SIDE = 32
+PATCHES = 16
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    """Every test starts from the same random state, on one thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+
+
+def scrambled(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """The network with every parameter moved (positions, class tokens and layer scales start at nearly 0 and would hide mistakes).
+
+    A function of the seed only; in eval mode.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.15 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny(name: str = "vit_tiny_patch16_224", *, seed: int = 0, **options: Any) -> nn.Module:
+    """A timm transformer of 2 blocks, 2 heads, width 32, on 4 x 4 patches."""
+    small = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
+    return scrambled(lambda: timm.create_model(name, **{**small, **options}), seed)
+
+
+def tiny_cnn(seed: int = 0) -> nn.Module:
+    """A timm residual network whose last feature map is 4 x 4 on an image of 32."""
+    options = {"num_classes": CLASSES, "output_stride": 8, "channels": (8, 8, 16, 16), "stem_width": 8}
+    return scrambled(lambda: timm.create_model("resnet10t", **options), seed)
+
+
+def tiny_transformers(name: str, **options: Any) -> nn.Module:
+    """One of transformers' image or audio classifiers, as small as `tiny`, showing its attention when asked."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
+    side = {} if name == "AST" else {"image_size": SIDE}
+    config = getattr(transformers, f"{name}Config")(**small, **side, num_labels=CLASSES, attn_implementation="eager", **options)
+    kind = "Audio" if name == "AST" else "Image"
+    return scrambled(lambda: getattr(transformers, f"{name}For{kind}Classification")(config))
+
+
+def images(batch: int = 2, *, side: int = SIDE, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(batch: int = 2, *, seed: int = 0) -> Tensor:
+    return torch.randint(CLASSES, (batch,), generator=torch.Generator().manual_seed(seed))
+
+
+def permutations(batch: int, patches: int, seed: int = 0) -> Tensor:
+    """All patches of each image in another order, int64 [batch, patches]."""
+    return torch.rand(batch, patches, generator=torch.Generator().manual_seed(seed)).argsort(1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of transformers that can run on some of its tokens."""
+
+    title: str
+    example: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], Tensor] = images
+
+
+_AUDIO = {"num_mel_bins": 16, "max_length": 32, "frequency_stride": 8, "time_stride": 8}
+
+
+def _timm(title: str, name: str, **options: Any) -> Family:
+    return Family(title, f"timm/{name}", partial(tiny, name, **options))
+
+
+def _transformers(name: str, repository: str, **options: Any) -> Family:
+    inputs = (lambda: torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))) if name == "AST" else images
+    return Family(f"transformers {name}", f"transformers/{repository}", partial(tiny_transformers, name, **options), inputs)
+
+
+FAMILIES = [
+    _timm("ViT, DeiT", "vit_tiny_patch16_224"),
+    _timm("ViT with an average head", "vit_medium_patch16_gap_240", global_pool="avg"),
+    _timm("ViT with registers and without class token", "vit_wee_patch16_reg1_gap_256"),
+    _timm("distilled DeiT", "deit_tiny_distilled_patch16_224"),
+    _timm("DeiT III", "deit3_small_patch16_224"),
+    _timm("CLIP", "vit_base_patch16_clip_224"),
+    _timm("SigLIP", "vit_base_patch16_siglip_224"),
+    _timm("DINOv2 with registers", "vit_small_patch14_reg4_dinov2"),
+    _timm("hybrid ViT", "vit_tiny_r_s16_p8_224", patch_size=1),
+    _timm("EVA-02", "eva02_tiny_patch14_224"),
+    _timm("DINOv3", "vit_small_patch16_dinov3"),
+    _timm("rotary ViT", "vit_small_patch16_rope_224"),
+    _timm("rotary ViT, angles by block and head", "vit_small_patch16_rope_mixed_224"),
+    _timm("CaiT", "cait_xxs24_224"),
+    _transformers("ViT", "google/vit-base-patch16-224"),
+    _transformers("DeiT", "facebook/deit-tiny-patch16-224"),
+    _transformers("Dinov2", "facebook/dinov2-small-imagenet1k-1-layer"),
+    _transformers("Dinov2WithRegisters", "facebook/dinov2-with-registers-small-imagenet1k-1-layer", num_register_tokens=4),
+    _transformers("AST", "MIT/ast-finetuned-audioset-10-10-0.4593", **_AUDIO),
+]
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)

@@ -1,0 +1,20 @@
+"""The step benchmark runs, and what it times side by side is the same step (it compares the losses itself)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "step.py"
+
+
+def test_smoke(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    done = subprocess.run([sys.executable, BENCHMARK, "--smoke", "--out", out], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert all(len(seconds) == 2 for seconds in result["seconds"].values())
+    assert result["of_plain"]["plain training"] == [1, 1, 1]
+    assert len(result["checks"]) == 6
