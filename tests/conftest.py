@@ -91,9 +91,10 @@ def _timm(title: str, name: str, **options: Any) -> Family:
     return Family(title, f"timm/{name}", partial(tiny, name, **options))
 
 
-def _transformers(name: str, repository: str, **options: Any) -> Family:
+def _transformers(name: str, **options: Any) -> Family:
     inputs = (lambda: torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))) if name == "AST" else images
-    return Family(f"transformers {name}", f"transformers/{repository}", partial(tiny_transformers, name, **options), inputs)
+    kind = "Audio" if name == "AST" else "Image"
+    return Family(f"transformers {name}", f"{name}For{kind}Classification", partial(tiny_transformers, name, **options), inputs)
 
 
 FAMILIES = [
@@ -111,10 +112,10 @@ FAMILIES = [
     _timm("rotary ViT", "vit_small_patch16_rope_224"),
     _timm("rotary ViT, angles by block and head", "vit_small_patch16_rope_mixed_224"),
     _timm("CaiT", "cait_xxs24_224"),
-    _transformers("ViT", "google/vit-base-patch16-224"),
-    _transformers("DeiT", "facebook/deit-tiny-patch16-224"),
-    _transformers("Dinov2", "facebook/dinov2-small-imagenet1k-1-layer"),
-    _transformers("Dinov2WithRegisters", "facebook/dinov2-with-registers-small-imagenet1k-1-layer", num_register_tokens=4),
-    _transformers("AST", "MIT/ast-finetuned-audioset-10-10-0.4593", **_AUDIO),
+    _transformers("ViT"),
+    _transformers("DeiT"),
+    _transformers("Dinov2"),
+    _transformers("Dinov2WithRegisters", num_register_tokens=4),
+    _transformers("AST", **_AUDIO),
 ]
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)

@@ -7,8 +7,10 @@ import inspect
 import logging
 import platform
 import shlex
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,15 @@ from stillhouse.data import Data, open_data
 from stillhouse.data.transforms import eval_transform, train_transform
 from stillhouse.distillers.base import Distiller, Stage
 from stillhouse.errors import UserError, nearest
+from stillhouse.interrupted import Interrupted
 from stillhouse.models.opening import open_model
 from stillhouse.models.preprocessing import Preprocessing, preprocessing_of, set_preprocessing
 from stillhouse.models.saving import save_student
 from stillhouse.models.weights import weights_hash
 from stillhouse.report import write_report
 from stillhouse.results import results
-from stillhouse.run_folder import write_facts, write_settings
-from stillhouse.training.interrupt import Interrupted
+from stillhouse.run_folder import read_facts, read_settings, write_facts, write_settings
+from stillhouse.training.checkpoint import checkpoints, load_checkpoint
 from stillhouse.training.loop import Loop
 from stillhouse.training.recipe import NAMES, Recipe
 
@@ -76,10 +79,17 @@ class Session:
             named, classes=len(self.data.classes), channels=self.data.channels, weights=job["teacher_weights"], allow_partial=job["allow_partial"]
         )
 
+    def stages(self) -> Iterator[Stage]:
+        """The parts of the training."""
+        return distillers.find(self.method).stages(self.student, self.teacher, self.recipe.epochs, **self.settings)
+
+    def first_stage(self) -> Stage:
+        """The first part of the training, as it would begin."""
+        return next(self.stages())
+
     def run(self) -> None:
         """Trains stage by stage, then keeps the student and writes the results and the report."""
-        stages = distillers.find(self.method).stages(self.student, self.teacher, self.recipe.epochs, **self.settings)
-        for number, stage in enumerate(stages):
+        for number, stage in enumerate(self.stages()):
             if number == 0:
                 check_distiller(stage.distiller, self.data, self.transforms[1], allow_weak_teacher=self.job["allow_weak_teacher"])
                 self.begin(stage)
@@ -192,6 +202,27 @@ def input_of(student: nn.Module, data: Data) -> Preprocessing:
     """What the data's images are made into: what the student was trained with, or the data's own statistics for a network that says nothing."""
     known = preprocessing_of(student)
     return known or Preprocessing(data.mean, data.std, data.size or 224)
+
+
+def student_so_far(folder: Path) -> None:
+    """Writes the student of a run that is not finished into its folder, from the last checkpoint (the moving average if there is one).
+
+    Raises:
+        UserError: if the run has no checkpoint yet.
+    """
+    facts = read_facts(folder)
+    if facts["status"] == "finished":
+        return
+    found = checkpoints(folder / "checkpoints")
+    if not found:
+        raise UserError(f"the run in {folder} has no checkpoint yet; wait for its first one (see --save_every)")
+    parts, _ = load_checkpoint(found[-1])
+    job = read_settings(folder / "settings.yaml")
+    student = open_student(job["student"], open_data(job["data"], seed=job["seed"], bad_data="skip"), "random", False, job["seed"])
+    own = {name.removeprefix("student."): value for name, value in parts["distiller"].items() if name.startswith("student.")}
+    student.load_state_dict(parts.get("ema", own))
+    shutil.rmtree(folder / "student", ignore_errors=True)
+    save_student(student, folder / "student")
 
 
 def versions() -> dict[str, str]:

@@ -223,10 +223,9 @@ def _row(family: Family) -> list[Any]:
 
 def _example(family: Family) -> nn.Module:
     """The example at its own size, without memory: transformers' by the defaults of its configuration."""
-    library, name = family.example.split("/", 1)
     with torch.device("meta"):
-        if library == "timm":
-            return timm.create_model(name)
+        if family.example.startswith("timm/"):
+            return timm.create_model(family.example.removeprefix("timm/"))
         kind = type(family.build())
         return kind(kind.config_class())
 

@@ -8,9 +8,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-
-class Interrupted(Exception):
-    """The run was asked to stop and has written a checkpoint. Its message says how to go on."""
+from stillhouse.interrupted import Interrupted
 
 
 class Interruption:

@@ -287,7 +287,7 @@ def accelerator_for(recipe: Recipe, folder: Path, turns: int = 1) -> Accelerator
     try:
         accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
-            log_with=trackers,
+            log_with=trackers or None,
             project_dir=folder / "curves",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=turns > 1)],
         )

@@ -1,0 +1,180 @@
+"""The command `stillhouse`, made from the typed signatures of the functions it calls; holds no logic of its own.
+
+The list of commands is argparse's, so that `stillhouse --help` answers at once; each command's own flags are jsonargparse's, read from the
+function's signature and docstring. Flags that are not given are not passed on: defaults stand in one place, the signature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from stillhouse import __version__
+
+COMMANDS = {
+    "distill": "distil a student from a teacher; without arguments, the embedded job",
+    "methods": "what there is; with a name, one method's card",
+    "check": "is the teacher any good, frozen, normalised; do the shapes meet?",
+    "estimate": "what a step of each method would cost here",
+    "evaluate": "a run's student on other data",
+    "compare": "runs side by side",
+    "reproduce": "a method's evidence: method, baselines, ablation, over seeds",
+    "export": "the student alone, for timm, transformers or onnx",
+}
+
+POSITIONALS: dict[str, dict[str, dict[str, Any]]] = {
+    "methods": {"name": {"nargs": "?", "help": "a method; all by default"}},
+    "evaluate": {"run": {"help": "a run folder"}},
+    "compare": {"runs": {"nargs": "+", "help": "run folders"}},
+    "reproduce": {"name": {"help": "a method that has evidence"}},
+    "export": {"run": {"help": "a run folder"}},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0 done, 1 refused (one sentence on the error stream), 130 interrupted and resumable."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="stillhouse",
+        description="Distils: a small model out of a large one, by the published ways.",
+        epilog="stillhouse COMMAND --help shows a command's flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"stillhouse {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, help_text in COMMANDS.items():
+        commands.add_parser(name, help=help_text, add_help=False)
+    name = parser.parse_args(arguments[:1]).command
+    return _run(name, arguments[1:])
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    from stillhouse import commands
+    from stillhouse.errors import UserError
+    from stillhouse.interrupted import Interrupted
+    from stillhouse.report.terminal import show
+
+    _show_log()
+    try:
+        function: Callable[..., Any] = getattr(commands, name)
+        show(name, function(**_given(name, function, arguments)))
+    except UserError as error:
+        print(f"stillhouse {name}: {error}", file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"stillhouse {name}: {error or 'stopped'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _given(name: str, function: Callable[..., Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """The values that were given, by the names of the function's parameters."""
+    parser = _parser(name)
+    flags: set[str] = set()
+    for positional, how in POSITIONALS.get(name, {}).items():
+        parser.add_argument(positional, **how)
+    if name == "distill":
+        flags = _add_distill(parser, function, arguments)
+    else:
+        _add_function(parser, function, skip=set(POSITIONALS.get(name, {})))
+        flags = _switches(function)
+    given = parser.parse_args(_spelled_out(arguments, flags), defaults=False).as_dict()
+    return {key: value for key, value in given.items() if key != "config"}
+
+
+def _parser(name: str) -> Any:
+    from jsonargparse import ArgumentParser
+
+    from stillhouse.errors import UserError, nearest
+
+    class Parser(ArgumentParser):
+        """Shows flags with dashes; underscores are understood too."""
+
+        def format_help(self) -> str:
+            return re.sub(r"--[a-z_.]+", lambda flag: flag[0].replace("_", "-"), super().format_help())
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            unknown = re.search(r"--(\w+)", message)
+            flags = [action.dest for action in self._actions]
+            near = nearest(unknown[1], flags).replace("_", "-") if unknown and unknown[1] not in flags else ""
+            raise UserError(f"{' '.join(message.split())}{near}; `{self.prog} --help` shows all flags")
+
+    return Parser(prog=f"stillhouse {name}", description=COMMANDS[name], default_env=False, print_config=None)
+
+
+def _add_distill(parser: Any, function: Callable[..., Any], arguments: Sequence[str]) -> set[str]:
+    """`distill`'s own flags, the method's, the loop's and the augmentation's; returns which are switches."""
+    from jsonargparse import ActionConfigFile
+
+    from stillhouse import distillers
+    from stillhouse.data.transforms import train_transform
+    from stillhouse.training.recipe import Recipe
+
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of settings, such as a run's settings.yaml")
+    _add_function(parser, function, skip={"settings"})
+    parser.add_class_arguments(distillers.find(_method(arguments)), skip={"student", "teacher"})
+    parser.add_class_arguments(Recipe)
+    _add_function(parser, train_transform, skip={"preprocessing", "data"})
+    return _switches(function) | _switches(Recipe)
+
+
+def _add_function(parser: Any, function: Callable[..., Any], skip: set[str]) -> None:
+    """A function's parameters as flags; where Python also takes an object, the command line takes its name."""
+    import docstring_parser
+
+    parameters = {name: each for name, each in inspect.signature(function).parameters.items() if name not in skip}
+    named = {name: each for name, each in parameters.items() if re.search(r"nn\.Module|Data\b|Path", str(each.annotation))}
+    texts = {each.arg_name: each.description for each in docstring_parser.parse(function.__doc__ or "").params}
+    for name, parameter in named.items():
+        parser.add_argument(f"--{name}", type=str, required=parameter.default is inspect.Parameter.empty, help=texts.get(name))
+    parser.add_function_arguments(function, skip=skip | set(named))
+
+
+def _switches(function: Callable[..., Any]) -> set[str]:
+    return {name for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation == "bool"}
+
+
+def _spelled_out(arguments: Sequence[str], switches: set[str]) -> list[str]:
+    """Dashes in flags as the underscores of the parameters, and `--resume` as `--resume true`."""
+    words: list[str] = []
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+        words.append(flag + equals + value)
+        if flag[2:] in switches and not equals and following not in ("true", "false"):
+            words.append("true")
+    return words
+
+
+def _method(arguments: Sequence[str]) -> str:
+    """The method named by `--method` or in the `--config` file, whose settings become flags."""
+    from pathlib import Path
+
+    from stillhouse.run_folder import read_settings
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--method")
+    early.add_argument("--config")
+    early.add_argument("--out")
+    early.add_argument("--resume", nargs="?", const="true")
+    named, _ = early.parse_known_args(list(arguments))
+    stored = named.config or (Path(named.out) / "settings.yaml" if named.resume and named.out else None)
+    if named.method is None and stored is not None and Path(stored).is_file():
+        return str(read_settings(Path(stored)).get("method", "masked_kd"))
+    return named.method or "masked_kd"
+
+
+def _show_log() -> None:
+    import logging
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("stillhouse").setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

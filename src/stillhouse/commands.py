@@ -1,0 +1,165 @@
+"""What a user can ask for beside `distill`: the same names, arguments and results in Python and on the command line. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stillhouse.run import distill
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from stillhouse.catalogue import Card
+    from stillhouse.check import Finding
+    from stillhouse.data import Data
+
+__all__ = ["check", "compare", "distill", "estimate", "evaluate", "export", "methods", "reproduce"]
+
+
+def methods(name: str | None = None) -> list[Card]:
+    """What there is.
+
+    Args:
+        name: one method; all by default.
+    """
+    from stillhouse.catalogue import cards
+
+    return cards(name)
+
+
+def check(
+    teacher: str | nn.Module,
+    student: str | nn.Module,
+    data: str | Data,
+    *,
+    method: str = "masked_kd",
+    teacher_weights: str = "pretrained",
+    student_weights: str = "random",
+    allow_weak_teacher: bool = False,
+    seed: int = 0,
+) -> list[Finding]:
+    """Looks, in seconds, at everything that makes a distillation silently useless; refuses at the first thing that cannot work.
+
+    Args:
+        teacher: a spec, run folder or module.
+        student: likewise.
+        data: a spec or `stillhouse.data.Data`.
+        method: what they would be trained by, with its default settings.
+        teacher_weights: pretrained, or a file.
+        student_weights: random, pretrained, or a file.
+        allow_weak_teacher: go on although the teacher is no better than chance.
+        seed: of the student's random weights.
+    """
+    from stillhouse.check import check_distiller
+    from stillhouse.session import Session
+
+    job = {"method": method, "teacher": teacher, "student": student, "data": data, "teacher_weights": teacher_weights}
+    job |= {"student_weights": student_weights, "allow_partial": False, "bad_data": "skip", "seed": seed}
+    session = Session(Path(), job, resume=False)
+    return check_distiller(session.first_stage().distiller, session.data, session.transforms[1], allow_weak_teacher)
+
+
+def estimate(
+    teacher: str | nn.Module,
+    student: str | nn.Module,
+    *,
+    classes: int = 1000,
+    channels: int = 3,
+    batch: int = 8,
+    keeps: list[float] | None = None,
+    rounds: int = 5,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+) -> list[dict[str, Any]]:
+    """Measures what a step of plain training, full distillation and MaskedKD costs here. Weights do not matter and stay random.
+
+    Args:
+        teacher: a spec or module.
+        student: likewise.
+        classes: how many classes.
+        channels: channels of an image.
+        batch: images in a step.
+        keeps: shares of the patches that the teacher sees; 1, 0.75, 0.5 and 0.25 by default.
+        rounds: measured steps of each row.
+        precision: fp32, or bf16 or fp16 under autocast.
+    """
+    from stillhouse.measure.estimate import estimate as measure
+    from stillhouse.models.opening import open_model
+    from stillhouse.models.preprocessing import preprocessing_of
+
+    networks = [open_model(spec, classes=classes, channels=channels, new_head=True) for spec in (teacher, student)]
+    known = preprocessing_of(networks[1])
+    size = (known.size if known else None) or 224
+    keeps = keeps or [1.0, 0.75, 0.5, 0.25]
+    return measure(*networks, image_size=size, channels=channels, classes=classes, batch=batch, keeps=keeps, rounds=rounds, precision=precision)
+
+
+def evaluate(
+    run: str | Path, data: str | Data | None = None, *, batch: int = 128, bad_data: Literal["refuse", "skip"] = "refuse"
+) -> dict[str, float]:
+    """top1, top5, nll and ece of a run's student on the validation images of a data set.
+
+    Args:
+        run: a run folder.
+        data: a spec or `stillhouse.data.Data`; by default what the run was trained on.
+        batch: images at a time.
+        bad_data: refuse or skip unreadable images.
+    """
+    from accelerate import Accelerator
+
+    from stillhouse.data import open_data
+    from stillhouse.data.loading import eval_batches
+    from stillhouse.data.transforms import eval_transform
+    from stillhouse.models.opening import open_model
+    from stillhouse.run_folder import read_settings
+    from stillhouse.session import input_of
+    from stillhouse.training.evaluation import evaluate as measure
+
+    opened = open_data(data or read_settings(Path(run) / "settings.yaml")["data"], bad_data=bad_data)
+    accelerator = Accelerator()
+    student = open_model(str(run), classes=len(opened.classes), channels=opened.channels).to(accelerator.device)
+    batches = eval_batches(opened.val, eval_transform(input_of(student, opened), opened), batch=batch)
+    return measure(student, batches, accelerator, len(opened.classes))
+
+
+def compare(runs: list[str]) -> list[dict[str, Any]]:
+    """Runs side by side, a row each.
+
+    Args:
+        runs: run folders.
+    """
+    from stillhouse.report.compare import compare as read
+
+    return read(list(runs))
+
+
+def reproduce(name: str, *, out: str = "runs/reproduce", seeds: int = 3, smoke: bool = False) -> Path:
+    """Runs a method's evidence: method, baselines and ablation on the same data, budget and paired seeds. Goes on where it was stopped.
+
+    Args:
+        name: a method that has evidence.
+        out: folder for the runs and the table.
+        seeds: how many paired seeds.
+        smoke: everything, tiny.
+
+    Returns:
+        The table, as Markdown.
+    """
+    from stillhouse.evidence import reproduce as run
+
+    return run(name, out=Path(out), seeds=seeds, smoke=smoke)
+
+
+def export(run: str | Path, *, to: Literal["timm", "transformers", "onnx"], out: str | Path) -> Path:
+    """Writes a run's student alone, without any part of the distillation. Also in the middle of a run: then from its last checkpoint.
+
+    Args:
+        run: a run folder.
+        to: who shall open it.
+        out: a new folder.
+    """
+    from stillhouse.models.saving import export_student
+    from stillhouse.session import student_so_far
+
+    student_so_far(Path(run))
+    return export_student(run, to, out)

@@ -1,0 +1,86 @@
+"""What each command prints when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def show(command: str, result: Any) -> None:
+    """Prints what a command of `stillhouse.commands` returned."""
+    shown: dict[str, Callable[[Any], None]] = {
+        "distill": _run,
+        "methods": _methods,
+        "check": _findings,
+        "estimate": _estimate,
+        "evaluate": _metrics,
+        "compare": _compare,
+        "reproduce": lambda path: print(path.read_text()),
+        "export": print,
+    }
+    shown[command](result)
+
+
+def _run(run: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from stillhouse.report.numbers import milliseconds, percent, si
+
+    facts = run.facts
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in ("top-1", "parameters", "mult-adds", "step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in facts["result"]:
+        table.add_row(row["row"], percent(row["top1"]), si(row["params"]), si(row["macs"]), milliseconds(row["step_ms"]))
+    Console().print(table)
+    saved = facts.get("savings")
+    if saved:
+        share = saved["teacher_macs_kept"] / saved["teacher_macs_full"]
+        line = f"the teacher saw {facts['keep']['kept']} of {facts['keep']['patches']} patches: {percent(share)} of its multiply-adds"
+        if saved["step_ms_full"]:
+            line += f"; a step took {percent(saved['step_ms_kept'] / saved['step_ms_full'])} of the time with the whole teacher"
+        print(line)
+    print(f"report: {run.report}")
+
+
+def _methods(cards: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if len(cards) == 1:
+        card = cards[0]
+        print(card.text)
+        if card.settings:
+            print("\nSettings:\n" + "\n".join(f"    --{name} {value}" for name, value in card.settings.items()))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("method", "family", "what it does"):
+        table.add_column(name)
+    for card in cards:
+        table.add_row(card.name, card.family, Text(card.sentence))
+    Console().print(table)
+
+
+def _findings(findings: Any) -> None:
+    for finding in findings:
+        print(f"{finding.what:>20}  {finding.seen}")
+
+
+def _metrics(metrics: dict[str, float]) -> None:
+    for name, value in metrics.items():
+        print(f"{name:>12}  {value:.4f}")
+
+
+def _estimate(rows: Any) -> None:
+    from stillhouse.measure.estimate import print_estimate
+
+    print_estimate(rows)
+
+
+def _compare(rows: Any) -> None:
+    from stillhouse.report.compare import print_table
+
+    print_table(rows)

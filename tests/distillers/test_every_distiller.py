@@ -1,0 +1,285 @@
+"""What holds for every way to distil. Finds them all by itself: a new method's file is enough to be held to it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stillhouse import distillers
+from stillhouse.distillers.base import Clock, Distiller
+from stillhouse.distillers.classics.scratch import Scratch
+from stillhouse.models.preprocessing import Preprocessing, set_preprocessing
+from stillhouse.randomness import samples
+from tests.conftest import CLASSES, images, labels, tiny
+
+METHODS = sorted(distillers.modules())
+EVERY = pytest.mark.parametrize("name", METHODS)
+TAUGHT = pytest.mark.parametrize("name", [name for name in METHODS if "teacher" in inspect.signature(distillers.find(name)).parameters])
+
+
+def make(name: str, student: nn.Module | None = None, teacher: nn.Module | None = None, **settings: Any) -> Distiller:
+    """The method with a small student and a teacher that has dropout, to be seen if it is ever in training mode."""
+    kind, student = distillers.find(name), student or tiny(seed=1)
+    taught = "teacher" in inspect.signature(kind).parameters
+    teachers = {"teacher": teacher or tiny("deit3_small_patch16_224", seed=2, embed_dim=48, proj_drop_rate=0.5)} if taught else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(student, **teachers, **settings).train()
+
+
+def batch(size: int = 8) -> tuple[Tensor, Tensor]:
+    return images(size), labels(size)
+
+
+def terms_of(distiller: Distiller, data: tuple[Tensor, Tensor], first: int = 0) -> dict[str, Tensor]:
+    """The terms, with random choices made as the training loop makes them: by sample, not by batch."""
+    with samples(0, 0, torch.arange(first, first + len(data[0]))):
+        return distiller(data)
+
+
+def gradients(distiller: Distiller, data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    distiller.zero_grad()
+    sum(terms_of(distiller, data).values()).backward()
+    return {name: parameter.grad.clone() for name, parameter in distiller.named_parameters() if parameter.grad is not None}
+
+
+def frozen_state(distiller: Distiller) -> dict[str, Tensor]:
+    return {f"{name}.{key}": value for name in distiller.frozen if getattr(distiller, name) is not None for key, value in getattr(distiller, name).state_dict().items()}
+
+
+def test_all_are_found() -> None:
+    assert {"scratch", "kd", "hard_kd", "dkd", "fitnet", "attention_transfer", "masked_kd"} <= set(METHODS)
+
+
+@EVERY
+@pytest.mark.parametrize("soft", [False, True], ids=["classes", "soft labels"])
+def test_every_term_is_a_finite_named_scalar(name: str, soft: bool) -> None:
+    pictures, classes = batch()
+    targets = torch.randn(8, CLASSES).softmax(-1) if soft else classes
+    terms = terms_of(make(name), (pictures, targets))
+    assert terms
+    for key, term in terms.items():
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", key)
+        assert term.shape == ()
+        assert term.dtype == torch.float32
+        assert term.isfinite()
+    assert sum(terms.values()).requires_grad
+
+
+@EVERY
+def test_off_is_plain_training_bit_for_bit(name: str) -> None:
+    distiller, plain = make(name, **distillers.find(name).off), Scratch(tiny(seed=1)).train()
+    ours, theirs = gradients(distiller, batch()), gradients(plain, batch())
+    assert theirs
+    for key, gradient in theirs.items():
+        assert torch.equal(ours[key], gradient), key
+    for key in ours.keys() - theirs.keys():
+        assert not ours[key].any(), f"{key} learns although only the labels count"
+    assert sum(terms_of(distiller, batch()).values()).item() == terms_of(plain, batch())["ce"].item()
+
+
+@EVERY
+def test_a_step_moves_the_student_and_leaves_the_frozen_untouched(name: str) -> None:
+    distiller = make(name)
+    before, student = copy.deepcopy(frozen_state(distiller)), copy.deepcopy(distiller.student.state_dict())
+    for turn in distiller.turns():
+        assert turn.parameters
+        assert not {id(p) for p in turn.parameters} & {id(p) for key in distiller.frozen if getattr(distiller, key) for p in getattr(distiller, key).parameters()}
+        optimizer = torch.optim.AdamW(turn.parameters, lr=0.1)
+        sum(distiller(batch(), turn=turn.name).values()).backward()
+        optimizer.step()
+    distiller.after_update(Clock(step=1, steps=10, epoch=0, epochs=1))
+    assert any(not torch.equal(value, student[key]) for key, value in distiller.student.state_dict().items())
+    after = frozen_state(distiller)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert value.numpy().tobytes() == after[key].numpy().tobytes(), key
+
+
+@EVERY
+def test_gradients_are_finite_and_reach_only_who_learns(name: str) -> None:
+    distiller = make(name)
+    found = gradients(distiller, batch())
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    learning = {id(parameter) for turn in distiller.turns() for parameter in turn.parameters}
+    for key, parameter in distiller.named_parameters():
+        frozen = key.split(".")[0] in distiller.frozen
+        assert (id(parameter) in learning) == parameter.requires_grad == (not frozen), key
+        assert (key in found) == (not frozen), f"{key} gets no gradient: DDP would wait for it"
+
+
+@TAUGHT
+def test_the_teacher_is_in_eval_mode_whatever_train_says(name: str) -> None:
+    distiller = make(name)
+    for mode in (True, False, True):
+        assert distiller.train(mode) is distiller
+        assert distiller.student.training is mode
+        assert not any(module.training for module in distiller.teacher.modules())
+    nn.Sequential(distiller).train()
+    assert not distiller.teacher.training
+    assert not any(parameter.requires_grad for parameter in distiller.teacher.parameters())
+
+
+@EVERY
+def test_forward_is_deterministic(name: str) -> None:
+    distiller = make(name)
+    first, second = terms_of(distiller, batch()), terms_of(distiller, batch())
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@EVERY
+def test_a_batch_is_the_mean_of_its_parts(name: str) -> None:
+    """Accumulation and the number of processes change neither the loss nor its gradient."""
+    distiller, (pictures, classes) = make(name), batch()
+    whole, gradient = terms_of(distiller, (pictures, classes)), gradients(distiller, (pictures, classes))
+    distiller.zero_grad()
+    parts = [terms_of(distiller, (pictures[i : i + 2], classes[i : i + 2]), first=i) for i in range(0, 8, 2)]
+    for key, term in whole.items():
+        torch.testing.assert_close(sum(part[key] for part in parts) / 4, term, rtol=1e-5, atol=1e-6)
+    parts = [terms_of(distiller, (pictures[i : i + 2], classes[i : i + 2]), first=i) for i in range(0, 8, 2)]
+    (sum(sum(part.values()) for part in parts) / 4).backward()
+    for key, parameter in distiller.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradient[key], rtol=1e-4, atol=1e-5)
+
+
+@EVERY
+def test_runs_under_bf16_autocast(name: str) -> None:
+    distiller = make(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = terms_of(distiller, batch())
+    sum(terms.values()).backward()
+    assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
+    assert all(p.grad.isfinite().all() for turn in distiller.turns() for p in turn.parameters if p.grad is not None)
+    full = terms_of(make(name), batch())
+    for key, term in terms.items():
+        torch.testing.assert_close(term, full[key], rtol=0.1, atol=0.05)
+
+
+@EVERY
+def test_state_round_trips_without_the_frozen(name: str) -> None:
+    distiller = make(name)
+    distiller.after_update(Clock(step=3, steps=10, epoch=0, epochs=1))
+    state = copy.deepcopy(distiller.state_dict())
+    assert all(isinstance(value, Tensor) for value in state.values()), "checkpoints hold tensors, never pickles"
+    assert not [key for key in state if key.split(".")[0] in distiller.frozen]
+    assert [key for key in state if key.startswith("student.")]
+    other = make(name, student=tiny(seed=7))
+    assert any(not torch.equal(value, state[key]) for key, value in other.state_dict().items())
+    before = copy.deepcopy(frozen_state(other))
+    other.load_state_dict(state)
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    for key, value in frozen_state(other).items():
+        assert torch.equal(value, before[key])
+    for key, term in terms_of(other, batch()).items():
+        assert torch.equal(term, terms_of(distiller, batch())[key])
+
+
+@EVERY
+def test_state_round_trips_when_wrapped(name: str) -> None:
+    """As DDP and torch.compile wrap: every key has a prefix."""
+    wrapped = nn.ModuleDict({"module": make(name)})
+    state = wrapped.state_dict()
+    assert not [key for key in state if key.split(".")[1] in wrapped["module"].frozen]
+    wrapped.load_state_dict(state)
+
+
+@EVERY
+def test_a_missing_or_unknown_key_is_still_an_error(name: str) -> None:
+    distiller = make(name)
+    state = distiller.state_dict()
+    key = next(key for key in state if key.startswith("student."))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        distiller.load_state_dict({other: value for other, value in state.items() if other != key})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        distiller.load_state_dict({**state, "student.nobody": torch.zeros(1)})
+
+
+@EVERY
+def test_a_copy_is_on_its_own(name: str) -> None:
+    """An EMA of the student is a deepcopy, taken after steps were made."""
+    distiller = make(name)
+    terms = terms_of(distiller, batch())
+    copied = copy.deepcopy(distiller)
+    assert all(torch.equal(terms_of(copied, batch())[key], term) for key, term in terms.items())
+    with torch.no_grad():
+        for parameter in copied.student.parameters():
+            parameter.mul_(0.5)
+    assert all(torch.equal(terms_of(distiller, batch())[key], term) for key, term in terms.items())
+
+
+@TAUGHT
+def test_the_teacher_sees_images_as_it_was_trained(name: str) -> None:
+    student, teacher = tiny(seed=1), tiny("deit3_small_patch16_224", seed=2)
+    set_preprocessing(student, Preprocessing((0.1, 0.2, 0.3), (0.5, 0.4, 0.3), 32))
+    set_preprocessing(teacher, Preprocessing((0.4, 0.5, 0.6), (0.2, 0.25, 0.5), 32))
+    distiller, seen, seen_by_student = make(name, student, teacher), [], []
+    teacher.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    student.patch_embed.register_forward_pre_hook(lambda module, inputs: seen_by_student.append(inputs[0]))
+    pictures = images()
+    terms_of(distiller, (pictures, labels()))
+
+    def column(*values: float) -> Tensor:
+        return torch.tensor(values).view(-1, 1, 1)
+
+    pixels = pictures * column(0.5, 0.4, 0.3) + column(0.1, 0.2, 0.3)
+    expected = (pixels - column(0.4, 0.5, 0.6)) / column(0.2, 0.25, 0.5)
+    assert seen
+    for each in seen:
+        torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(each, pictures) for each in seen_by_student)
+
+
+@EVERY
+def test_what_may_be_drawn_are_maps_of_the_batch(name: str) -> None:
+    distiller = make(name)
+    before = copy.deepcopy(distiller.state_dict())
+    for key, drawn in distiller.look(batch()).items():
+        assert re.fullmatch(r"[a-z_]+", key)
+        assert drawn.shape[0] == 8
+        assert drawn.ndim == 3
+        assert not drawn.requires_grad
+        assert ((drawn >= 0) & (drawn <= 1)).all()
+    assert all(torch.equal(value, before[key]) for key, value in distiller.state_dict().items())
+
+
+@EVERY
+def test_the_file_says_where_it_comes_from_and_how_it_is_run(name: str) -> None:
+    text = importlib.import_module(distillers.modules()[name]).__doc__ or ""
+    assert re.search(r"arXiv \d{4}\.\d{4,5}", text) or "Labels only" in text
+    assert f"stillhouse distill --method {name} " in text
+
+
+@EVERY
+def test_every_setting_is_documented_and_has_a_default(name: str) -> None:
+    text = distillers.find(name).__doc__ or ""
+    networks = {"student", "teacher"} & set(inspect.signature(distillers.find(name)).parameters)
+    for setting in [*networks, *distillers.settings(name)]:
+        assert re.search(rf"^\s+{setting}: \S", text, re.MULTILINE), f"{setting} is not in the class's Args"
+    for setting, parameter in distillers.settings(name).items():
+        assert parameter.default is not inspect.Parameter.empty, setting
+        assert parameter.annotation is not inspect.Parameter.empty, setting
+    assert set(distillers.find(name).off) <= set(distillers.settings(name))
+
+
+@EVERY
+def test_one_file_at_most_two_hundred_lines(name: str) -> None:
+    source = inspect.getsource(importlib.import_module(distillers.modules()[name]))
+    assert len(source.splitlines()) <= 200
+
+
+@EVERY
+def test_runs_compiled(name: str) -> None:
+    distiller, plain = make(name), make(name)
+    distiller.student.compile(backend="eager")
+    for key, term in terms_of(distiller, batch()).items():
+        torch.testing.assert_close(term, terms_of(plain, batch())[key], rtol=1e-5, atol=1e-6)
