@@ -1,10 +1,9 @@
-"""Is the teacher any good on this data, frozen, fed as it was trained; do the shapes meet; do gradients go where they belong? In seconds."""
+"""Is the teacher any good, frozen, fed as it was trained; do the shapes meet; do gradients go where they belong? In seconds."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ def check_distiller(distiller: Distiller, data: Data, transform: Any, allow_weak
         UserError: at the first thing that cannot work, and what to do.
     """
     findings = [_networks(distiller)]
-    ids, images, labels = next(iter(eval_batches(data.val, transform, batch=min(STEP_BATCH, len(data.val)))))  # type: ignore[arg-type]
+    _, images, labels = next(iter(eval_batches(data.val, transform, batch=min(STEP_BATCH, len(data.val)))))  # type: ignore[arg-type]
     device = next(distiller.parameters()).device
     images, labels = images.to(device), labels.to(device)
     with seeded("check"):
@@ -61,7 +60,11 @@ def check_distiller(distiller: Distiller, data: Data, transform: Any, allow_weak
 
 
 def _networks(distiller: Distiller) -> Finding:
-    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in (("student", distiller.student), ("teacher", distiller.teacher)) if network is not None}
+    counts = {
+        name: sum(p.numel() for p in network.parameters())
+        for name, network in (("student", distiller.student), ("teacher", distiller.teacher))
+        if network is not None
+    }
     patches = f"; the teacher sees {distiller.kept} of its {distiller.patches} patches" if hasattr(distiller, "patches") else ""
     return Finding("networks", ", ".join(f"{name} {count / 1e6:.2f} M parameters" for name, count in counts.items()) + patches)
 
@@ -110,7 +113,7 @@ def _teacher_accuracy(distiller: Distiller, data: Data, transform: Any, allow_we
     found = f"top-1 {seen:.3f} on {count} validation images (chance is {chance:.3f})"
     if seen <= least and not allow_weak_teacher:
         raise UserError(
-            f"the teacher is no better than chance: {found}; give it weights trained on these classes with --teacher-weights, or go on with --allow-weak-teacher"
+            f"the teacher is no better than chance: {found}; give it weights trained on these classes, or --allow-weak-teacher"
         )
     return Finding("teacher's accuracy", found)
 
@@ -124,7 +127,9 @@ def _one_step(distiller: Distiller, batch: tuple[Tensor, Tensor]) -> Finding:
         terms = distiller(batch, turn.name)
         for name, value in terms.items():
             if not value.isfinite():
-                raise UserError(f"the loss term '{name}' is {float(value.detach())} on the first images; check the teacher's weights and the settings")
+                raise UserError(
+                    f"the loss term '{name}' is {float(value.detach())} on the first images; check the teacher's weights and the settings"
+                )
         torch.stack(list(terms.values())).sum().backward()
         silent += _gradients(distiller, turn.parameters)
         distiller.zero_grad(set_to_none=True)

@@ -94,8 +94,8 @@ def _parser(name: str) -> Any:
     class Parser(ArgumentParser):
         """Shows flags with dashes; underscores are understood too."""
 
-        def format_help(self) -> str:
-            return re.sub(r"--[a-z_.]+", lambda flag: flag[0].replace("_", "-"), super().format_help())
+        def format_help(self, *arguments: Any) -> str:
+            return re.sub(r"--[a-z_.]+", lambda flag: flag[0].replace("_", "-"), super().format_help(*arguments))
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             unknown = re.search(r"--(\w+)", message)
@@ -108,7 +108,7 @@ def _parser(name: str) -> Any:
 
 def _add_distill(parser: Any, function: Callable[..., Any], arguments: Sequence[str]) -> set[str]:
     """`distill`'s own flags, the method's, the loop's and the augmentation's; returns which are switches."""
-    from jsonargparse import ActionConfigFile
+    from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
     from stillhouse import distillers
     from stillhouse.data.transforms import train_transform

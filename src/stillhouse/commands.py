@@ -1,4 +1,4 @@
-"""What a user can ask for beside `distill`: the same names, arguments and results in Python and on the command line. Imports nothing heavy."""
+"""What a user can ask for beside `distill`: the same names and arguments in Python and on the command line. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def check(
     from stillhouse.check import check_distiller
     from stillhouse.session import Session
 
-    job = {"method": method, "teacher": teacher, "student": student, "data": data, "teacher_weights": teacher_weights}
+    job: dict[str, Any] = {"method": method, "teacher": teacher, "student": student, "data": data, "teacher_weights": teacher_weights}
     job |= {"student_weights": student_weights, "allow_partial": False, "bad_data": "skip", "seed": seed}
-    session = Session(Path(), job, resume=False)
+    session = Session(Path(), job)
     return check_distiller(session.first_stage().distiller, session.data, session.transforms[1], allow_weak_teacher)
 
 
@@ -91,7 +91,9 @@ def estimate(
     known = preprocessing_of(networks[1])
     size = (known.size if known else None) or 224
     keeps = keeps or [1.0, 0.75, 0.5, 0.25]
-    return measure(*networks, image_size=size, channels=channels, classes=classes, batch=batch, keeps=keeps, rounds=rounds, precision=precision)
+    return measure(
+        *networks, image_size=size, channels=channels, classes=classes, batch=batch, keeps=keeps, rounds=rounds, precision=precision
+    )
 
 
 def evaluate(

@@ -11,17 +11,24 @@ STUDENT = "timm/vit_tiny_patch16_224:img_size=24,patch_size=4,embed_dim=32,depth
 RECIPE: dict[str, Any] = {"batch": 64, "lr": 2e-3, "warmup_epochs": 5, "log_every": 20, "eval_every": 20, "save_every": 400}
 
 
-def embedded_job(method: str, given: dict[str, Any], out: str | None) -> dict[str, Any]:
+def embedded_job(method: str, given: dict[str, Any], beside: Path) -> dict[str, Any]:
     """The settings of the job, where the user names no others: a student on 300 digits, its teacher on a thousand.
 
     The teacher is trained once, into the folder `digits-teacher` beside the run, and used again by later runs.
+
+    Args:
+        given: what the user named.
+        beside: the folder of runs.
+
+    Raises:
+        UserError: if a setting cannot work, before the teacher is trained.
     """
     job = {"student": STUDENT, "data": f"{DATA},train=300", "epochs": 225, **RECIPE}
     if method == "scratch":
         return job | given
+    _refuse_what_cannot_work(method, given)
     smoke = bool(given.get("smoke"))
-    teacher = teacher_on_digits(Path(out).parent if out else Path("runs"), smoke)
-    return job | {"teacher": str(teacher), "baseline": True, "allow_weak_teacher": smoke} | given
+    return job | {"teacher": str(teacher_on_digits(beside, smoke)), "baseline": True, "allow_weak_teacher": smoke} | given
 
 
 def teacher_on_digits(beside: Path, smoke: bool = False) -> Path:
@@ -29,6 +36,17 @@ def teacher_on_digits(beside: Path, smoke: bool = False) -> Path:
     from stillhouse.run import distill
 
     folder = beside / ("digits-teacher-smoke" if smoke else "digits-teacher")
-    started = (folder / "settings.yaml").is_file()
-    job = {} if started else {"student": TEACHER, "data": DATA, "epochs": 150, **RECIPE, "smoke": smoke}
-    return distill("scratch", out=str(folder), resume=started, **job).folder
+    if (folder / "settings.yaml").is_file():
+        return distill(out=str(folder), resume=True).folder
+    return distill("scratch", student=TEACHER, data=DATA, out=str(folder), epochs=150, smoke=smoke, **RECIPE).folder
+
+
+def _refuse_what_cannot_work(method: str, given: dict[str, Any]) -> None:
+    from stillhouse import distillers
+    from stillhouse.models.opening import open_model
+    from stillhouse.run import SETTINGS_OF_A_RUN
+    from stillhouse.session import split_settings
+
+    _, _, settings = split_settings(method, {name: value for name, value in given.items() if name not in SETTINGS_OF_A_RUN})
+    student, teacher = (open_model(spec, classes=10, channels=1) for spec in (STUDENT, TEACHER))
+    next(distillers.find(method).stages(student, teacher, 1, **settings))

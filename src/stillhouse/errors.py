@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Input that cannot work. Its message says what was wrong, what was expected and what to do; the command prints it without a traceback."""
+    """Input that cannot work. Its message says what was wrong, what was expected and what to do; the command prints just that."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

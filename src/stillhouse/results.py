@@ -39,7 +39,12 @@ def results(
     images, _ = _first_images(data, transform)
     shape = tuple(images.shape[1:])
     models = {"student": {"name": _name(student), "params": _params(student), "macs": macs(student, shape)}}
-    method_row = {"row": f"student ({folder_method(distiller)})", "top1": metrics["top1"], "step_ms": _step_ms(folder, recipe), **_cost(models["student"])}
+    method_row = {
+        "row": f"student ({folder_method(distiller)})",
+        "top1": metrics["top1"],
+        "step_ms": _step_ms(folder, recipe),
+        **_cost(models["student"]),
+    }
     rows = [method_row]
     facts: dict[str, Any] = {"keep": None, "savings": None}
     if distiller.teacher is not None:
@@ -56,7 +61,14 @@ def results(
             facts["savings"] = _savings(distiller, network, student, images, kept, models["teacher"], accelerator)
     if (folder / "baseline" / "run.json").exists():
         baseline = read_facts(folder / "baseline")["metrics"]
-        rows.append({"row": "student, labels only", "top1": baseline["top1"], "step_ms": _step_ms(folder / "baseline", recipe), **_cost(models["student"])})
+        rows.append(
+            {
+                "row": "student, labels only",
+                "top1": baseline["top1"],
+                "step_ms": _step_ms(folder / "baseline", recipe),
+                **_cost(models["student"]),
+            }
+        )
     return facts | {"models": models, "result": rows}
 
 

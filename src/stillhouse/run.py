@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stillhouse.run_folder import open_folder, read_facts
+from stillhouse.run_folder import open_folder, read_facts, status
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,8 +79,8 @@ def distill(
         bad_data: refuse stops at unreadable images and names them; skip leaves them out and lists them in the run folder.
         resume: go on with the run in OUT, exactly; its settings are read from there.
         overwrite: remove the run in OUT first.
-        settings: of the loop (`stillhouse.training.recipe.Recipe`), the augmentation (`stillhouse.data.transforms.train_transform`), and the
-            method.
+        settings: of the loop (`stillhouse.training.recipe.Recipe`), of the augmentation
+            (`stillhouse.data.transforms.train_transform`), and of the method.
 
     Returns:
         The run: `.student`, `.metrics`, `.report`.
@@ -91,18 +91,23 @@ def distill(
     """
     asked = {name: value for name, value in locals().items() if name not in ("settings", "out", "resume", "overwrite")}
     given = {name: value for name, value in asked.items() if value != _DEFAULTS.get(name)} | settings
-    if teacher is None and student is None and data is None and not resume:
+    folder, stored = open_folder(out, method, given, resume, overwrite)
+    if stored is not None and status(folder) == "finished":
+        return Run(folder)
+    if stored is not None:
+        job = {**asked, **stored, **{name: value for name, value in given.items() if stored.get(name) is None}}
+    elif teacher is None and student is None and data is None:
         from stillhouse.embedded import embedded_job
 
-        given = embedded_job(method, given, out)
-    folder, stored = open_folder(out, method, given, resume, overwrite)
-    if stored is not None and (folder / "run.json").exists() and read_facts(folder)["status"] == "finished":
-        return Run(folder)
+        job = asked | embedded_job(method, given, folder.parent)
+    else:
+        job = asked | settings
     from stillhouse.session import Session
 
-    job = {**asked, **given} if stored is None else {**stored, **{name: value for name, value in given.items() if stored.get(name) is None}}
-    Session(folder, job, resume).run()
+    Session(folder, job, resume, overwrite).run()
     return Run(folder)
 
 
 _DEFAULTS: dict[str, Any] = {**(distill.__kwdefaults__ or {}), "method": "masked_kd"}
+SETTINGS_OF_A_RUN = tuple(name for name in _DEFAULTS if name not in ("out", "resume", "overwrite"))
+"""The settings that are `distill`'s own, not the loop's, the augmentation's or the method's."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import yaml
 from stillhouse.errors import UserError
 
 
-def open_folder(
-    out: str | None, method: str, given: dict[str, Any], resume: bool, overwrite: bool
-) -> tuple[Path, dict[str, Any] | None]:
+def open_folder(out: str | None, method: str, given: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Path, dict[str, Any] | None]:
     """The run folder, and the settings stored there if the run is to be resumed.
 
     Args:
@@ -33,11 +30,17 @@ def open_folder(
         raise UserError(f"{folder} is a file, expected a folder for the run; choose another with --out")
     if folder.is_dir() and any(folder.iterdir()) and _is_main_process():
         if not overwrite:
-            raise UserError(f"{folder} already holds something; go on with it with --resume, replace the run with --overwrite, or choose another --out")
+            raise UserError(
+                f"{folder} already holds something; go on with it with --resume, replace the run with --overwrite, or choose another --out"
+            )
         if not (folder / "settings.yaml").is_file():
             raise UserError(f"{folder} is no run folder (it has no settings.yaml) and is not removed; choose another --out")
-        shutil.rmtree(folder)
     return folder, None
+
+
+def status(folder: Path) -> str | None:
+    """running, interrupted, failed or finished; None before anything was written."""
+    return read_facts(folder)["status"] if (folder / "run.json").is_file() else None
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -92,7 +95,9 @@ def _stored(folder: Path, out: str | None, given: dict[str, Any]) -> dict[str, A
     stored = read_settings(folder / "settings.yaml")
     for name, value in given.items():
         if name in stored and stored[name] is not None and stored[name] != value:
-            raise UserError(f"the run in {folder} has {name}={stored[name]}, not {value}; resume it without that, or start another with --out")
+            raise UserError(
+                f"the run in {folder} has {name}={stored[name]}, not {value}; resume it without that, or start another with --out"
+            )
     return stored
 
 

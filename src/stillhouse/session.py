@@ -17,6 +17,7 @@ from typing import Any
 import accelerate
 import timm
 import torch
+from accelerate import PartialState
 from torch import nn
 
 import stillhouse
@@ -33,6 +34,7 @@ from stillhouse.models.saving import save_student
 from stillhouse.models.weights import weights_hash
 from stillhouse.report import write_report
 from stillhouse.results import results
+from stillhouse.run import SETTINGS_OF_A_RUN
 from stillhouse.run_folder import read_facts, read_settings, write_facts, write_settings
 from stillhouse.training.checkpoint import checkpoints, load_checkpoint
 from stillhouse.training.loop import Loop
@@ -40,7 +42,6 @@ from stillhouse.training.recipe import NAMES, Recipe
 
 LOG = logging.getLogger("stillhouse")
 AUGMENTATION = frozenset(inspect.signature(train_transform).parameters) - {"preprocessing", "data"}
-RUN = ("method", "teacher", "student", "data", "teacher_weights", "student_weights", "allow_partial", "allow_weak_teacher", "baseline", "bad_data")
 
 
 class Session:
@@ -50,15 +51,18 @@ class Session:
         folder: the run folder; made when the parts are known to work.
         job: the settings by name: of `stillhouse.distill`, the recipe, the augmentation and the method.
         resume: go on from the folder's last checkpoint.
+        overwrite: remove what is in the folder, once everything is known to work.
 
     Raises:
         UserError: if a setting is unknown or a part cannot be opened.
     """
 
-    def __init__(self, folder: Path, job: dict[str, Any], resume: bool) -> None:
-        self.folder, self.resume, self.started = folder, resume, time.time()
+    def __init__(self, folder: Path, job: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
+        self.folder, self.resume, self.overwrite, self.started = folder, resume, overwrite, time.time()
         self.method = job["method"]
-        self.recipe, self.augmentation, self.settings = split_settings(self.method, {k: v for k, v in job.items() if k not in RUN})
+        self.recipe, self.augmentation, self.settings = split_settings(
+            self.method, {k: v for k, v in job.items() if k not in SETTINGS_OF_A_RUN}
+        )
         self.job = job
         self.data = open_data(_needed(job, "data"), seed=self.recipe.seed, bad_data=job["bad_data"])
         self.teacher = self.open_teacher()
@@ -76,7 +80,11 @@ class Session:
             return None
         job = self.job
         return open_model(
-            named, classes=len(self.data.classes), channels=self.data.channels, weights=job["teacher_weights"], allow_partial=job["allow_partial"]
+            named,
+            classes=len(self.data.classes),
+            channels=self.data.channels,
+            weights=job["teacher_weights"],
+            allow_partial=job["allow_partial"],
         )
 
     def stages(self) -> Iterator[Stage]:
@@ -98,8 +106,11 @@ class Session:
 
     def begin(self, stage: Stage) -> None:
         """Everything was opened and checked: from here on there is a folder."""
+        if self.overwrite and PartialState().is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        PartialState().wait_for_everyone()
         self.folder.mkdir(parents=True, exist_ok=True)
-        described = {name: _plain(self.job[name]) for name in RUN}
+        described = {name: _plain(self.job[name]) for name in SETTINGS_OF_A_RUN}
         write_settings(self.folder, described | vars(self.recipe) | self.augmentation | self.settings)
         self.facts = {
             "status": "running",
@@ -158,7 +169,12 @@ class Session:
 
     def train_baseline(self) -> None:
         """The same student, recipe and seed without a teacher, in the folder `baseline`."""
-        job = {**{name: value for name, value in self.job.items() if name not in self.settings}, "method": "scratch", "baseline": False, "teacher": None}
+        job = {
+            **{name: value for name, value in self.job.items() if name not in self.settings},
+            "method": "scratch",
+            "baseline": False,
+            "teacher": None,
+        }
         folder = self.folder / "baseline"
         resume = (folder / "settings.yaml").is_file()
         Session(folder, job, resume).run()
@@ -180,7 +196,9 @@ def split_settings(method: str, settings: dict[str, Any]) -> tuple[Recipe, dict[
     for name in settings:
         if name not in NAMES | AUGMENTATION | set(own):
             known = [*own, *NAMES, *AUGMENTATION]
-            raise UserError(f"'{name}' is no setting of {method} or of the training{nearest(name, known)}; {method} knows {', '.join(own) or 'none'}")
+            raise UserError(
+                f"'{name}' is no setting of {method} or of the training{nearest(name, known)}; {method} knows {', '.join(own) or 'none'}"
+            )
     recipe = Recipe(**{name: value for name, value in settings.items() if name in NAMES})
     augmentation = {name: value for name, value in settings.items() if name in AUGMENTATION}
     return recipe, augmentation, {name: settings.get(name, parameter.default) for name, parameter in own.items()}
@@ -199,7 +217,7 @@ def open_student(spec: str | nn.Module, data: Data, weights: str, allow_partial:
 
 
 def input_of(student: nn.Module, data: Data) -> Preprocessing:
-    """What the data's images are made into: what the student was trained with, or the data's own statistics for a network that says nothing."""
+    """What the data's images are made into: what the student was trained with, or the data's own statistics."""
     known = preprocessing_of(student)
     return known or Preprocessing(data.mean, data.std, data.size or 224)
 

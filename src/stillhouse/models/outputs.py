@@ -18,6 +18,6 @@ def logits_of(output: Any) -> Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise UserError(
-            f"the network returned {type(output).__name__}, expected logits as a tensor or in `.logits`; wrap it in a module that returns logits"
+            f"the network returned {type(output).__name__}, expected logits or `.logits`; wrap it in a module that returns logits"
         )
     return logits

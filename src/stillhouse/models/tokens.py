@@ -17,10 +17,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.models.preprocessing import Preprocessing, preprocessing_of
+
+# By default a compiled network may run what was compiled for another of its kind without hooks, and so pass ours by in silence.
+torch._dynamo.config.skip_nnmodule_hook_guards = False  # type: ignore[attr-defined]
 
 _TRANSFORMERS_EMBEDDINGS = {"ViTEmbeddings", "DeiTEmbeddings", "Dinov2Embeddings", "Dinov2WithRegistersEmbeddings", "ASTEmbeddings"}
 

@@ -46,7 +46,9 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]
         beside.rename(target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"the checkpoint of step {step} could not be written to {folder}: {error}; free space there, then go on with --resume") from error
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {folder}: {error}; free space there, then go on with --resume"
+        ) from error
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
     return target
@@ -68,7 +70,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         parts = {}
         for name, digest in facts["files"].items():
             if _sha256(path / Path(name).name) != digest:
-                raise UserError(f"{path / name} is damaged: its contents are not what was written; remove {path} to go on from the one before")
+                raise UserError(
+                    f"{path / name} is damaged: its contents are not what was written; remove {path} to go on from the one before"
+                )
             parts[Path(name).stem] = load_file(path / Path(name).name)
     except (OSError, KeyError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"{path} is not a whole checkpoint ({error}); remove it to go on from the one before") from error
@@ -92,7 +96,9 @@ def load_optimizer_tensors(optimizer: Any, tensors: dict[str, Tensor]) -> None:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        )
 
 
 def _flush(path: Path) -> None:

@@ -17,7 +17,11 @@ from stillhouse.tasks.classify import Classify
 
 @torch.no_grad()
 def evaluate(
-    student: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], accelerator: Accelerator, classes: int, distiller: Distiller | None = None
+    student: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    accelerator: Accelerator,
+    classes: int,
+    distiller: Distiller | None = None,
 ) -> dict[str, float]:
     """Metrics of `student` over `batches` of (ids, images, labels), gathered over all processes.
 
@@ -46,7 +50,7 @@ def accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]
     right = count = 0
     with _evaluating(network):
         for _, images, labels in batches:
-            right += (logits_of(network(images.to(device))).argmax(-1).cpu() == labels).sum().item()
+            right += int((logits_of(network(images.to(device))).argmax(-1).cpu() == labels).sum())
             count += len(labels)
     return right / count
 

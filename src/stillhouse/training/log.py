@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ class Table:
         for row in rows:
             self.add(row)
 
-    def add(self, row: dict[str, float | int | str]) -> None:
+    def add(self, row: Mapping[str, float | str]) -> None:
         """Appends a row; full precision, so that equal runs give equal files."""
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:

@@ -154,7 +154,8 @@ class Loop:
             player.schedule.step_update(step)
             for number, part in enumerate(parts):
                 torch.manual_seed(seed_from(self.recipe.seed, "step", step, player.turn.name, self.accelerator.process_index, number))
-                terms = self.learn(player.turn.name, step, *part, share=1 / len(parts), last=number == len(parts) - 1)
+                last = number == len(parts) - 1
+                terms = self.learn(player.turn.name, step, part, 1 / len(parts), last)
                 for name, value in terms.items():
                     seen[name] = seen.get(name, 0.0) + value.detach() / len(parts)
             if self.recipe.clip is not None:
@@ -166,8 +167,9 @@ class Loop:
         if self.ema is not None:
             self.ema.update(self.distiller.product, step=step + 1)
 
-    def learn(self, turn: str, step: int, ids: Tensor, images: Tensor, labels: Tensor, share: float, last: bool) -> dict[str, Tensor]:
+    def learn(self, turn: str, step: int, part: tuple[Tensor, Tensor, Tensor], share: float, last: bool) -> dict[str, Tensor]:
         """The gradients of one part of the batch; processes exchange them with the last part only."""
+        ids, images, labels = part
         waiting = nullcontext() if last else self.accelerator.no_sync(self.model)
         with waiting, samples(self.recipe.seed, step, ids):
             with self.accelerator.autocast():
@@ -213,7 +215,7 @@ class Loop:
         if step not in moments or not self.accelerator.is_main_process:
             return
         few = eval_batches(self.data.val, self.eval_transform, batch=self.batch, workers=0, shards=1, shard=0)
-        ids, images, labels = (tensor[:PICTURES] for tensor in next(iter(few)))
+        _, images, labels = (tensor[:PICTURES] for tensor in next(iter(few)))
         training = self.distiller.training
         self.distiller.eval()
         torch.manual_seed(seed_from(self.recipe.seed, "look", step))
@@ -244,7 +246,10 @@ class Loop:
         """A checkpoint of all that learns, once the losses up to here are known to be finite."""
         self.terms.check()
         if self.accelerator.is_main_process:
-            parts = {"distiller": _tensors(self.distiller.state_dict()), **{f"optimizer-{p.turn.name}": optimizer_tensors(p.optimizer) for p in self.players}}
+            parts = {
+                "distiller": _tensors(self.distiller.state_dict()),
+                **{f"optimizer-{p.turn.name}": optimizer_tensors(p.optimizer) for p in self.players},
+            }
             parts["log"] = self.terms.tensors()
             if self.ema is not None:
                 parts["ema"] = _tensors(self.ema.module.state_dict())
@@ -264,7 +269,9 @@ class Loop:
         parts, facts = load_checkpoint(found[-1])
         for name, value in self.facts.items():
             if facts["facts"].get(name) != value:
-                raise UserError(f"{found[-1]} is of another {name} ({facts['facts'].get(name)}, now {value}); start anew in another folder with --out")
+                raise UserError(
+                    f"{found[-1]} is of another {name} ({facts['facts'].get(name)}, now {value}); start anew in another folder with --out"
+                )
         self.distiller.load_state_dict(parts["distiller"])
         for player in self.players:
             load_optimizer_tensors(player.optimizer, parts[f"optimizer-{player.turn.name}"])
@@ -274,6 +281,7 @@ class Loop:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.step = facts["step"]
         self.terms.restore(parts["log"])
+
 
 def accelerator_for(recipe: Recipe, folder: Path, turns: int = 1) -> Accelerator:
     """Accelerate's view of this machine or cluster, as `accelerate launch` or torchrun set it up.

@@ -6,9 +6,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import timm.optim
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
+from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
@@ -37,7 +37,7 @@ def players_of(distiller: Distiller, recipe: Recipe, steps: int, warmup_steps: i
 
 def _player(distiller: Distiller, turn: Turn, recipe: Recipe, steps: int, warmup_steps: int) -> Player:
     name = turn.optimizer or recipe.optimizer
-    known = timm.optim.list_optimizers()
+    known = [str(each) for each in list_optimizers()]
     if name not in known:
         raise UserError(f"there is no optimizer '{name}'{nearest(name, known)}; timm knows {', '.join(known)}")
     optimizer = create_optimizer_v2(parameter_groups(distiller, turn, recipe), opt=name, lr=recipe.lr, weight_decay=0.0)
@@ -71,10 +71,9 @@ def parameter_groups(distiller: Distiller, turn: Turn, recipe: Recipe) -> list[d
 
 
 def _network_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    excluded = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
-    if recipe.layer_decay is None:
-        return param_groups_weight_decay(network, recipe.weight_decay, no_weight_decay_list=excluded)
-    if not hasattr(network, "group_matcher"):
+    listed: Any = getattr(network, "no_weight_decay", set)
+    excluded = listed()
+    if recipe.layer_decay is None or not hasattr(network, "group_matcher"):
         return param_groups_weight_decay(network, recipe.weight_decay, no_weight_decay_list=excluded)
     groups = param_groups_layer_decay(network, recipe.weight_decay, no_weight_decay_list=excluded, layer_decay=recipe.layer_decay)
     return [{**group, "lr": recipe.lr * group.get("lr_scale", 1.0)} for group in groups]

@@ -14,7 +14,14 @@ class Progress:
     """A bar of `steps` that starts at `done`; it writes to the error stream and vanishes when the run is over."""
 
     def __init__(self, title: str, steps: int, done: int, visible: bool) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[news]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[news]}"),
+        )
         self._bar = Bar(*columns, console=Console(file=sys.stderr), disable=not (visible and sys.stderr.isatty()), transient=True)
         self._task = self._bar.add_task(title, total=steps, completed=done, news="")
 

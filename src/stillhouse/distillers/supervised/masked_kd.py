@@ -63,7 +63,7 @@ class MaskedKD(Distiller):
         student: nn.Module,
         teacher: nn.Module,
         *,
-        keep: float | int | str | Mapping[float, float] = 0.5,
+        keep: int | float | str | Mapping[float, float] = 0.5,
         alpha: float = 0.5,
         temperature: float = 1.0,
         targets: Literal["soft", "hard"] = "soft",
