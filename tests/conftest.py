@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,17 +12,18 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from stillhouse.models.preprocessing import Preprocessing, set_preprocessing
+
 CLASSES = 5
 SIDE = 32
 PATCHES = 16
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seed() -> None:
     """Every test starts from the same random state, on one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    yield
 
 
 def scrambled(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
@@ -48,7 +49,9 @@ def tiny(name: str = "vit_tiny_patch16_224", *, seed: int = 0, **options: Any) -
 def tiny_cnn(seed: int = 0) -> nn.Module:
     """A timm residual network whose last feature map is 4 x 4 on an image of 32."""
     options = {"num_classes": CLASSES, "output_stride": 8, "channels": (8, 8, 16, 16), "stem_width": 8}
-    return scrambled(lambda: timm.create_model("resnet10t", **options), seed)
+    model = scrambled(lambda: timm.create_model("resnet10t", **options), seed)
+    set_preprocessing(model, Preprocessing((0.5,) * 3, (0.5,) * 3, SIDE))  # as `tiny` wants its images
+    return model
 
 
 def tiny_transformers(name: str, **options: Any) -> nn.Module:

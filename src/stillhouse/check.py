@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +51,7 @@ def check_distiller(distiller: Distiller, data: Data, transform: Any, allow_weak
     _, images, labels = next(iter(eval_batches(data.val, transform, batch=min(STEP_BATCH, len(data.val)))))  # type: ignore[arg-type]
     device = next(distiller.parameters()).device
     images, labels = images.to(device), labels.to(device)
-    with seeded("check"):
+    with seeded("check"), _put_back(distiller):
         findings.append(_classes(distiller, images, len(data.classes)))
         if distiller.teacher is not None:
             findings += [_frozen(distiller), _normalisation(distiller), _teacher_accuracy(distiller, data, transform, allow_weak_teacher)]
@@ -57,6 +59,24 @@ def check_distiller(distiller: Distiller, data: Data, transform: Any, allow_weak
     for finding in findings:
         LOG.info("%s: %s", finding.what, finding.seen)
     return findings
+
+
+@contextmanager
+def _put_back(distiller: Distiller) -> Iterator[None]:
+    """Weights, statistics, gradients and modes are afterwards what they were."""
+    state = {name: value.clone() for name, value in distiller.state_dict().items() if isinstance(value, Tensor)}
+    gradients = [(parameter, parameter.grad) for parameter in distiller.parameters()]
+    modes = [(module, module.training) for module in distiller.modules()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        distiller.load_state_dict(state)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training
 
 
 def _networks(distiller: Distiller) -> Finding:
@@ -74,7 +94,12 @@ def _classes(distiller: Distiller, images: Tensor, classes: int) -> Finding:
     with torch.no_grad():
         outputs = {"student": distiller.student(images)} | ({"teacher": distiller.teach(images)} if distiller.teacher is not None else {})
     for role, output in outputs.items():
-        known = logits_of(output).shape[-1]
+        logits = logits_of(output)
+        if not logits.isfinite().all():
+            raise UserError(
+                f"the {role} answers NaN or infinity on the first images; its weights are damaged, name others with --{role}-weights"
+            )
+        known = logits.shape[-1]
         if known != classes:
             raise UserError(
                 f"the {role} knows {known} classes, the data has {classes}; train it on this data first with "
@@ -112,15 +137,12 @@ def _teacher_accuracy(distiller: Distiller, data: Data, transform: Any, allow_we
     least = chance + 2 * (chance * (1 - chance) / count) ** 0.5
     found = f"top-1 {seen:.3f} on {count} validation images (chance is {chance:.3f})"
     if seen <= least and not allow_weak_teacher:
-        raise UserError(
-            f"the teacher is no better than chance: {found}; give it weights trained on these classes, or --allow-weak-teacher"
-        )
+        raise UserError(f"the teacher is no better than chance: {found}; give it weights trained on these classes, or --allow-weak-teacher")
     return Finding("teacher's accuracy", found)
 
 
 def _one_step(distiller: Distiller, batch: tuple[Tensor, Tensor]) -> Finding:
-    """Gradients of one small batch; weights, statistics and gradients are put back."""
-    before = {name: value.clone() for name, value in distiller.state_dict().items() if isinstance(value, Tensor)}
+    """Gradients of one small batch."""
     distiller.train()
     silent: list[str] = []
     for turn in distiller.turns():
@@ -133,7 +155,6 @@ def _one_step(distiller: Distiller, batch: tuple[Tensor, Tensor]) -> Finding:
         torch.stack(list(terms.values())).sum().backward()
         silent += _gradients(distiller, turn.parameters)
         distiller.zero_grad(set_to_none=True)
-    distiller.load_state_dict(before)
     without = f"; none for {', '.join(silent[:3])}{' …' if len(silent) > 3 else ''}" if silent else ""
     return Finding("one step", f"finite gradients where they belong, none in the teacher{without}")
 

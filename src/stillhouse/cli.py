@@ -66,7 +66,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         print(f"stillhouse {name}: {error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"stillhouse {name}: {error or 'stopped'}", file=sys.stderr)
+        print(f"stillhouse {name}: {str(error) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 
@@ -127,7 +127,7 @@ def _add_function(parser: Any, function: Callable[..., Any], skip: set[str]) -> 
     import docstring_parser
 
     parameters = {name: each for name, each in inspect.signature(function).parameters.items() if name not in skip}
-    named = {name: each for name, each in parameters.items() if re.search(r"nn\.Module|Data\b|Path", str(each.annotation))}
+    named = {name: each for name, each in parameters.items() if re.search(r"nn\.Module|Data\b|Path|type\[", str(each.annotation))}
     texts = {each.arg_name: each.description for each in docstring_parser.parse(function.__doc__ or "").params}
     for name, parameter in named.items():
         parser.add_argument(f"--{name}", type=str, required=parameter.default is inspect.Parameter.empty, help=texts.get(name))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stillhouse.distillers.base import Distiller
 
 DATA = "digits:canvas=24,clutter=2"
 TEACHER = "timm/vit_tiny_patch16_224:img_size=24,patch_size=4,embed_dim=64,depth=4,num_heads=4"
@@ -11,7 +14,7 @@ STUDENT = "timm/vit_tiny_patch16_224:img_size=24,patch_size=4,embed_dim=32,depth
 RECIPE: dict[str, Any] = {"batch": 64, "lr": 2e-3, "warmup_epochs": 5, "log_every": 20, "eval_every": 20, "save_every": 400}
 
 
-def embedded_job(method: str, given: dict[str, Any], beside: Path) -> dict[str, Any]:
+def embedded_job(method: str | type[Distiller], given: dict[str, Any], beside: Path) -> dict[str, Any]:
     """The settings of the job, where the user names no others: a student on 300 digits, its teacher on a thousand.
 
     The teacher is trained once, into the folder `digits-teacher` beside the run, and used again by later runs.
@@ -41,7 +44,7 @@ def teacher_on_digits(beside: Path, smoke: bool = False) -> Path:
     return distill("scratch", student=TEACHER, data=DATA, out=str(folder), epochs=150, smoke=smoke, **RECIPE).folder
 
 
-def _refuse_what_cannot_work(method: str, given: dict[str, Any]) -> None:
+def _refuse_what_cannot_work(method: str | type[Distiller], given: dict[str, Any]) -> None:
     from stillhouse import distillers
     from stillhouse.models.opening import open_model
     from stillhouse.run import SETTINGS_OF_A_RUN

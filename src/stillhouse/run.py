@@ -7,12 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stillhouse.run_folder import open_folder, read_facts, status
+from stillhouse.distillers import name_of
+from stillhouse.interrupted import Interrupted
+from stillhouse.run_folder import FREE, open_folder, read_facts, status
 
 if TYPE_CHECKING:
     from torch import nn
 
     from stillhouse.data import Data
+    from stillhouse.distillers.base import Distiller
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Run:
 
 
 def distill(
-    method: str = "masked_kd",
+    method: str | type[Distiller] | None = None,
     *,
     teacher: str | nn.Module | None = None,
     student: str | nn.Module | None = None,
@@ -65,7 +68,8 @@ def distill(
     """Distil a student from a teacher. Without networks and data: the embedded job, about a minute on two cores.
 
     Args:
-        method: a name from `stillhouse methods`.
+        method: a name from `stillhouse methods`, or in Python a `Distiller` class of your own; by default masked_kd, or what the
+            resumed run has.
         teacher: timm/NAME, torchvision/NAME or transformers/NAME_OR_PATH, each with options (timm/NAME:img_size=28,depth=4); a run folder;
             or in Python a module.
         student: likewise.
@@ -89,13 +93,14 @@ def distill(
         UserError: for what cannot work, in one sentence, before any work is spent; or a loss that is not finite.
         Interrupted: when stopped by Ctrl-C or SIGTERM, after writing a checkpoint.
     """
-    asked = {name: value for name, value in locals().items() if name not in ("settings", "out", "resume", "overwrite")}
-    given = {name: value for name, value in asked.items() if value != _DEFAULTS.get(name)} | settings
-    folder, stored = open_folder(out, method, given, resume, overwrite)
+    asked = {name: _text(value) for name, value in locals().items() if name not in ("settings", "out", "resume", "overwrite")}
+    given = {name: value for name, value in asked.items() if value != _DEFAULTS[name]} | settings
+    folder, stored = open_folder(out, name_of(method) if method else None, given, resume, overwrite)
     if stored is not None and status(folder) == "finished":
         return Run(folder)
+    method = asked["method"] = method or (stored or {}).get("method") or "masked_kd"
     if stored is not None:
-        job = {**asked, **stored, **{name: value for name, value in given.items() if stored.get(name) is None}}
+        job = {**asked, **stored, **{name: value for name, value in given.items() if name in FREE or stored.get(name) is None}}
     elif teacher is None and student is None and data is None:
         from stillhouse.embedded import embedded_job
 
@@ -104,10 +109,17 @@ def distill(
         job = asked | settings
     from stillhouse.session import Session
 
-    Session(folder, job, resume, overwrite).run()
+    try:
+        Session(folder, job, resume, overwrite).run()
+    except Interrupted as error:
+        raise Interrupted(f"{error}; go on with: stillhouse distill --resume --out {folder}") from None
     return Run(folder)
 
 
-_DEFAULTS: dict[str, Any] = {**(distill.__kwdefaults__ or {}), "method": "masked_kd"}
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+_DEFAULTS: dict[str, Any] = {"method": None, **(distill.__kwdefaults__ or {})}
 SETTINGS_OF_A_RUN = tuple(name for name in _DEFAULTS if name not in ("out", "resume", "overwrite"))
 """The settings that are `distill`'s own, not the loop's, the augmentation's or the method's."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,24 @@ import yaml
 
 from stillhouse.errors import UserError
 
+FREE = ("workers", "save_every", "trackers")
+"""The settings that a resume may change: they do not change what is learnt."""
 
-def open_folder(out: str | None, method: str, given: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Path, dict[str, Any] | None]:
+
+def open_folder(
+    out: str | None, method: str | None, given: dict[str, Any], resume: bool, overwrite: bool
+) -> tuple[Path, dict[str, Any] | None]:
     """The run folder, and the settings stored there if the run is to be resumed.
 
     Args:
         out: where; None: the next free runs/METHOD-N.
-        given: the settings named by the user; a resume refuses those that differ from what is stored.
+        given: the settings named by the user; a resume refuses those that differ from what is stored, but for the `FREE` ones.
 
     Raises:
         UserError: if the folder holds something and neither resume nor overwrite is asked for, it is no run folder, there is nothing to
             resume, or another setting is given than the run has.
     """
-    folder = Path(out) if out else _next_free(method)
+    folder = Path(out) if out else _next_free(method or "masked_kd")
     if resume:
         return folder, _stored(folder, out, given)
     if folder.is_file():
@@ -81,10 +88,26 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     _write_whole(folder / "run.json", json.dumps(facts, indent=1))
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says in one sentence why `path` could not be written.
+
+    Raises:
+        UserError: instead of an error of the system, such as a full disk.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}); free space there and go on with --resume, or choose another --out") from error
+
+
 def _write_whole(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    with writing(path):
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
 
 
 def _stored(folder: Path, out: str | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +117,7 @@ def _stored(folder: Path, out: str | None, given: dict[str, Any]) -> dict[str, A
         raise UserError(f"there is no run to resume in {folder}: it has no settings.yaml; leave out --resume to start one")
     stored = read_settings(folder / "settings.yaml")
     for name, value in given.items():
-        if name in stored and stored[name] is not None and stored[name] != value:
+        if name not in FREE and stored.get(name) is not None and stored[name] != value:
             raise UserError(
                 f"the run in {folder} has {name}={stored[name]}, not {value}; resume it without that, or start another with --out"
             )

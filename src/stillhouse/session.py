@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import inspect
 import logging
@@ -35,7 +36,7 @@ from stillhouse.models.weights import weights_hash
 from stillhouse.report import write_report
 from stillhouse.results import results
 from stillhouse.run import SETTINGS_OF_A_RUN
-from stillhouse.run_folder import read_facts, read_settings, write_facts, write_settings
+from stillhouse.run_folder import FREE, read_facts, read_settings, write_facts, write_settings, writing
 from stillhouse.training.checkpoint import checkpoints, load_checkpoint
 from stillhouse.training.loop import Loop
 from stillhouse.training.recipe import NAMES, Recipe
@@ -59,9 +60,9 @@ class Session:
 
     def __init__(self, folder: Path, job: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
         self.folder, self.resume, self.overwrite, self.started = folder, resume, overwrite, time.time()
-        self.method = job["method"]
+        self.method, self.distiller = distillers.name_of(job["method"]), distillers.find(job["method"])
         self.recipe, self.augmentation, self.settings = split_settings(
-            self.method, {k: v for k, v in job.items() if k not in SETTINGS_OF_A_RUN}
+            job["method"], {k: v for k, v in job.items() if k not in SETTINGS_OF_A_RUN}
         )
         self.job = job
         self.data = open_data(_needed(job, "data"), seed=self.recipe.seed, bad_data=job["bad_data"])
@@ -72,7 +73,7 @@ class Session:
 
     def open_teacher(self) -> nn.Module | None:
         """The teacher with its weights, if the method has one."""
-        needs = "teacher" in inspect.signature(distillers.find(self.method).__init__).parameters
+        needs = "teacher" in inspect.signature(self.distiller.__init__).parameters
         named = self.job["teacher"]
         if needs and named is None:
             raise UserError(f"method {self.method} needs a teacher: name it with --teacher, or train without one with --method scratch")
@@ -89,7 +90,7 @@ class Session:
 
     def stages(self) -> Iterator[Stage]:
         """The parts of the training."""
-        return distillers.find(self.method).stages(self.student, self.teacher, self.recipe.epochs, **self.settings)
+        return self.distiller.stages(self.student, self.teacher, self.recipe.epochs, **self.settings)
 
     def first_stage(self) -> Stage:
         """The first part of the training, as it would begin."""
@@ -97,26 +98,58 @@ class Session:
 
     def run(self) -> None:
         """Trains stage by stage, then keeps the student and writes the results and the report."""
-        for number, stage in enumerate(self.stages()):
-            if number == 0:
-                check_distiller(stage.distiller, self.data, self.transforms[1], allow_weak_teacher=self.job["allow_weak_teacher"])
-                self.begin(stage)
-            metrics = self.train(stage)
-        self.finish(stage.distiller, metrics)
+        self.facts: dict[str, Any] = {}
+        try:
+            for number, stage in enumerate(self.stages()):
+                loop = self.loop(stage, first=number == 0)
+                metrics = loop.run()
+            self.finish(loop, metrics)
+        except BaseException as error:
+            self.end("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+            raise
 
-    def begin(self, stage: Stage) -> None:
+    def loop(self, stage: Stage, first: bool) -> Loop:
+        """The loop of a stage, where it was stopped if this is a resume. Before the first one all is checked, and nothing written."""
+        if first:
+            check_distiller(stage.distiller, self.data, self.transforms[1], allow_weak_teacher=self.job["allow_weak_teacher"])
+        facts = self.describe(stage)
+        settings = {name: str(value) for name, value in {**vars(self.recipe), **self.augmentation, **self.settings}.items()}
+        same = {
+            "method": self.method,
+            "student": _plain(self.job["student"]),
+            **facts["hashes"],
+            "settings": {name: value for name, value in settings.items() if name not in FREE},
+        }
+        recipe = dataclasses.replace(self.recipe, epochs=stage.epochs)
+        folder = self.folder / stage.name
+        loop = Loop(stage.distiller, self.data, self.transforms, self.preprocessing, recipe, folder, same, title=self.folder.name)
+        if self.resume:
+            loop.load()
+        if first:
+            self.begin(facts)
+        folder.mkdir(exist_ok=True)
+        return loop
+
+    def begin(self, facts: dict[str, Any]) -> None:
         """Everything was opened and checked: from here on there is a folder."""
-        if self.overwrite and PartialState().is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        PartialState().wait_for_everyone()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        described = {name: _plain(self.job[name]) for name in SETTINGS_OF_A_RUN}
-        write_settings(self.folder, described | vars(self.recipe) | self.augmentation | self.settings)
-        self.facts = {
+        state, settings = PartialState(), vars(self.recipe) | self.augmentation | self.settings
+        if state.is_main_process:
+            with writing(self.folder):
+                if self.overwrite and self.folder.exists():
+                    shutil.rmtree(self.folder)
+                self.folder.mkdir(parents=True, exist_ok=True)
+            write_settings(self.folder, {name: _plain(self.job[name]) for name in SETTINGS_OF_A_RUN} | settings)
+            write_facts(self.folder, facts)
+        self.facts = facts
+        state.wait_for_everyone()
+
+    def describe(self, stage: Stage) -> dict[str, Any]:
+        """What `run.json` says about a run that begins."""
+        return {
             "status": "running",
             "method": self.method,
             "title": type(stage.distiller).__name__,
-            "command": shlex.join(["stillhouse", *sys.argv[1:]]),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "seed": self.recipe.seed,
             "versions": versions(),
             "hashes": {"teacher": weights_hash(self.teacher) if self.teacher is not None else None, "data": self.data.fingerprint},
@@ -129,43 +162,22 @@ class Session:
             },
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
-        write_facts(self.folder, self.facts)
 
-    def train(self, stage: Stage) -> dict[str, float]:
-        """Runs the loop on one stage; says in `run.json` how it ended."""
-        folder = self.folder / stage.name
-        folder.mkdir(exist_ok=True)
-        facts = {
-            "method": self.method,
-            "student": _plain(self.job["student"]),
-            "teacher": self.facts["hashes"]["teacher"],
-            "data": self.facts["hashes"]["data"],
-            "settings": {name: str(value) for name, value in {**vars(self.recipe), **self.augmentation, **self.settings}.items()},
-        }
-        recipe = self.recipe if stage.epochs == self.recipe.epochs else Recipe(**{**vars(self.recipe), "epochs": stage.epochs})
-        loop = Loop(stage.distiller, self.data, self.transforms, self.preprocessing, recipe, folder, facts, title=self.folder.name)
-        self.accelerator = loop.accelerator
-        try:
-            metrics = loop.run(self.resume)
-        except (Interrupted, KeyboardInterrupt, UserError) as error:
-            self.end("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
-            raise
-        self.kept = loop.kept
-        return metrics
-
-    def finish(self, distiller: Distiller, metrics: dict[str, float]) -> None:
+    def finish(self, loop: Loop, metrics: dict[str, float]) -> None:
         """Keeps the student, trains the baseline if asked, compares, and writes the report."""
+        main, kept = loop.accelerator.is_main_process, loop.kept
         self.facts["metrics"] = metrics
-        if self.accelerator.is_main_process:
-            save_student(self.kept, self.folder / "student")
-        self.accelerator.wait_for_everyone()
+        if main:
+            save_student(kept, self.folder / "student")
+        loop.accelerator.wait_for_everyone()
         if self.job["baseline"] and self.method != "scratch":
             self.train_baseline()
-        if self.accelerator.is_main_process:
-            self.facts |= results(self.folder, distiller, self.kept, self.data, self.transforms[1], self.recipe, metrics, self.accelerator)
-            self.end("finished")
+        if main:
+            self.facts |= results(self.folder, loop.distiller, kept, self.data, self.transforms[1], self.recipe, metrics, loop.accelerator)
+        self.end("finished")
+        if main:
             LOG.info("report: %s", write_report(self.folder))
-        self.accelerator.wait_for_everyone()
+        loop.accelerator.wait_for_everyone()
 
     def train_baseline(self) -> None:
         """The same student, recipe and seed without a teacher, in the folder `baseline`."""
@@ -180,13 +192,13 @@ class Session:
         Session(folder, job, resume).run()
 
     def end(self, status: str) -> None:
-        """Says in `run.json` how the run stands."""
-        if self.accelerator.is_main_process:
+        """Says in `run.json` how the run stands, once there is one."""
+        if self.facts and PartialState().is_main_process:
             self.facts |= {"status": status, "seconds": round(time.time() - self.started, 1)}
             write_facts(self.folder, self.facts)
 
 
-def split_settings(method: str, settings: dict[str, Any]) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
+def split_settings(method: str | type[Distiller], settings: dict[str, Any]) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
     """The recipe, the augmentation and the method's own settings (with their defaults) out of one flat list.
 
     Raises:
@@ -197,7 +209,8 @@ def split_settings(method: str, settings: dict[str, Any]) -> tuple[Recipe, dict[
         if name not in NAMES | AUGMENTATION | set(own):
             known = [*own, *NAMES, *AUGMENTATION]
             raise UserError(
-                f"'{name}' is no setting of {method} or of the training{nearest(name, known)}; {method} knows {', '.join(own) or 'none'}"
+                f"'{name}' is no setting of {distillers.name_of(method)} or of the training{nearest(name, known)}; "
+                f"the method's own are {', '.join(own) or 'none'}"
             )
     recipe = Recipe(**{name: value for name, value in settings.items() if name in NAMES})
     augmentation = {name: value for name, value in settings.items() if name in AUGMENTATION}
@@ -233,7 +246,7 @@ def student_so_far(folder: Path) -> None:
         return
     found = checkpoints(folder / "checkpoints")
     if not found:
-        raise UserError(f"the run in {folder} has no checkpoint yet; wait for its first one (see --save_every)")
+        raise UserError(f"the run in {folder} has no checkpoint yet; wait for its first one (see --save-every)")
     parts, _ = load_checkpoint(found[-1])
     job = read_settings(folder / "settings.yaml")
     student = open_student(job["student"], open_data(job["data"], seed=job["seed"], bad_data="skip"), "random", False, job["seed"])

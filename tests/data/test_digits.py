@@ -76,7 +76,7 @@ def test_clutter_and_noise_cover_no_stroke_and_come_from_other_digits() -> None:
     assert (inside >= train.digits[:, 0]).all()
     digits = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     digits[1] = 200
-    lone = CanvasDigits(digits, torch.arange(3), 16, 1, 0.0, ("test",), True).draw_batch(torch.arange(3), 0)[0]
+    lone = CanvasDigits(digits, torch.arange(3), 16, 1, 1, 0.0, ("test",), True).draw_batch(torch.arange(3), 0)[0]
     light = (lone > 0).flatten(1).sum(1)
     assert light[1] == 64
     assert set(light[[0, 2]].tolist()) <= {0, FRAGMENT**2}
@@ -89,3 +89,9 @@ def test_statistics_are_those_of_the_images_and_one_for_all_seeds() -> None:
     pixels = data.train.draw_batch(torch.arange(len(data.train)), 8)[0] / 255
     assert abs(float(pixels.mean()) - data.mean[0]) < 0.005
     assert abs(float(pixels.std()) - data.std[0]) < 0.005
+
+
+def test_step_puts_the_digits_on_a_grid_and_covers_it() -> None:
+    train = open_data("digits:canvas=16,clutter=2,step=4").train
+    corners = train.boxes(torch.arange(len(train)))[:, :2]
+    assert set(corners.flatten().tolist()) == {0, 4, 8}

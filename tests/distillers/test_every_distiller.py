@@ -51,7 +51,12 @@ def gradients(distiller: Distiller, data: tuple[Tensor, Tensor]) -> dict[str, Te
 
 
 def frozen_state(distiller: Distiller) -> dict[str, Tensor]:
-    return {f"{name}.{key}": value for name in distiller.frozen if getattr(distiller, name) is not None for key, value in getattr(distiller, name).state_dict().items()}
+    return {
+        f"{name}.{key}": value
+        for name in distiller.frozen
+        if getattr(distiller, name) is not None
+        for key, value in getattr(distiller, name).state_dict().items()
+    }
 
 
 def test_all_are_found() -> None:
@@ -91,7 +96,9 @@ def test_a_step_moves_the_student_and_leaves_the_frozen_untouched(name: str) -> 
     before, student = copy.deepcopy(frozen_state(distiller)), copy.deepcopy(distiller.student.state_dict())
     for turn in distiller.turns():
         assert turn.parameters
-        assert not {id(p) for p in turn.parameters} & {id(p) for key in distiller.frozen if getattr(distiller, key) for p in getattr(distiller, key).parameters()}
+        assert not {id(p) for p in turn.parameters} & {
+            id(p) for key in distiller.frozen if getattr(distiller, key) for p in getattr(distiller, key).parameters()
+        }
         optimizer = torch.optim.AdamW(turn.parameters, lr=0.1)
         sum(distiller(batch(), turn=turn.name).values()).backward()
         optimizer.step()
@@ -241,7 +248,7 @@ def test_the_teacher_sees_images_as_it_was_trained(name: str) -> None:
 
 @EVERY
 def test_what_may_be_drawn_are_maps_of_the_batch(name: str) -> None:
-    distiller = make(name)
+    distiller = make(name).eval()
     before = copy.deepcopy(distiller.state_dict())
     for key, drawn in distiller.look(batch()).items():
         assert re.fullmatch(r"[a-z_]+", key)

@@ -133,7 +133,9 @@ def test_fp32_whatever_comes_in(loss: Callable[..., Tensor]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         value = loss(student, teacher, classes)
     assert value.dtype == torch.float32
-    torch.testing.assert_close(value, loss(student.float(), teacher.float(), classes), rtol=2e-2 if loss is LOSSES["cross_entropy, soft"] else 0, atol=0)
+    torch.testing.assert_close(
+        value, loss(student.float(), teacher.float(), classes), rtol=2e-2 if loss is LOSSES["cross_entropy, soft"] else 0, atol=0
+    )
 
 
 @EVERY_LOSS

@@ -15,7 +15,9 @@ def test_one_number_is_in_force_everywhere(progress: float) -> None:
     assert Schedule(0.5).at(progress) == 0.5
 
 
-@pytest.mark.parametrize("value", ["0:1.0,0.5:0.5,0.75:4", {0.0: 1.0, 0.5: 0.5, 0.75: 4}, {0.75: 4, 0: 1.0, 0.5: 0.5}, " 0 : 1.0 , 0.5 : 0.5, 0.75: 4"])
+@pytest.mark.parametrize(
+    "value", ["0:1.0,0.5:0.5,0.75:4", {0.0: 1.0, 0.5: 0.5, 0.75: 4}, {0.75: 4, 0: 1.0, 0.5: 0.5}, " 0 : 1.0 , 0.5 : 0.5, 0.75: 4"]
+)
 def test_points(value: str | dict[float, float]) -> None:
     schedule = Schedule(value)
     assert [schedule.at(progress) for progress in (0.0, 0.4999, 0.5, 0.7, 0.75, 1.0)] == [1.0, 1.0, 0.5, 0.5, 4, 4]
@@ -35,7 +37,9 @@ def test_the_last_point_that_was_passed_is_in_force(points: dict[float, float], 
     assert Schedule(points).at(progress) == points[max(point for point in points if point <= progress)]
 
 
-@pytest.mark.parametrize("value", ["abc", "", "0.5:1", "0:1,2:1", "-1:1", "0:", "0:1,", "0:1:2", {}, {0.5: 1.0}, {0: 1.0, 1.5: 1.0}, "nan:1", "²"])
+@pytest.mark.parametrize(
+    "value", ["abc", "", "0.5:1", "0:1,2:1", "-1:1", "0:", "0:1,", "0:1:2", {}, {0.5: 1.0}, {0: 1.0, 1.5: 1.0}, "nan:1", "²"]
+)
 def test_refused_in_one_sentence(value: object) -> None:
     with pytest.raises(UserError) as refusal:
         Schedule(value)  # type: ignore[arg-type]

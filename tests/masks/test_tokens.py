@@ -68,8 +68,7 @@ def test_feature_norm() -> None:
 def test_keep_count_is_in_range_or_an_error(keep: float | int, patches: int) -> None:
     try:
         count = keep_count(keep, patches)
-    except UserError as error:
-        assert str(keep) in str(error)
+    except UserError:
         assert not (isinstance(keep, int) and 1 <= keep <= patches)
         assert not (isinstance(keep, float) and 0.5 / patches < keep <= 1)
     else:
@@ -78,7 +77,9 @@ def test_keep_count_is_in_range_or_an_error(keep: float | int, patches: int) -> 
         assert count == keep if isinstance(keep, int) else abs(count - keep * patches) <= 0.5
 
 
-@pytest.mark.parametrize(("keep", "patches", "count"), [(0.5, 196, 98), (98, 196, 98), (144, 196, 144), (0.25, 196, 49), (1.0, 16, 16), (1, 16, 1)])
+@pytest.mark.parametrize(
+    ("keep", "patches", "count"), [(0.5, 196, 98), (98, 196, 98), (144, 196, 144), (0.25, 196, 49), (1.0, 16, 16), (1, 16, 1)]
+)
 def test_keep_count_of_the_paper(keep: float | int, patches: int, count: int) -> None:
     assert keep_count(keep, patches) == count
 
@@ -130,6 +131,15 @@ def test_resample_halves_by_a_weighted_mean_that_stays_in_place() -> None:
     coarse = resample(scores, (8, 8), (4, 4))
     assert coarse.argmax().item() == 1 * 4 + 2
     torch.testing.assert_close(coarse.sum() * 4, torch.tensor(1.0), rtol=0.1, atol=0)  # but for the borders
+
+
+def test_resample_overlooks_no_place() -> None:
+    """Without antialiasing most of the places would not be heard at all."""
+    scores = torch.zeros(1, 36)
+    scores[0, 0] = 1.0
+    coarse = resample(scores, (6, 6), (2, 2))
+    assert coarse.argmax().item() == 0
+    assert coarse[0, 0] > 0.02
 
 
 def test_random_scores_do_not_depend_on_the_split() -> None:

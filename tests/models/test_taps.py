@@ -109,6 +109,21 @@ def test_works_on_a_compiled_student(backend: str) -> None:
         assert feature.take().requires_grad
 
 
+def test_a_tap_is_seen_though_its_like_was_compiled_without() -> None:
+    """By default a compiled network shares its code with all others of its class, and does not look whether they have hooks."""
+    other, model, plain = tiny(seed=3), tiny(), tiny()
+    other.compile(backend="eager")
+    other(images())
+    model.compile(backend="eager")
+    model(images())
+    tap, expected = SaliencyTap(model), SaliencyTap(plain)
+    model(images()), plain(images())
+    torch.testing.assert_close(tap.take()[0], expected.take()[0], rtol=0, atol=1e-6)
+    other(images(seed=1))
+    with pytest.raises(RuntimeError, match="has not run"):
+        tap.take()
+
+
 def test_a_compiled_convolutional_student() -> None:
     plain, compiled = tiny_cnn(), tiny_cnn()
     tap_plain, tap_compiled = SaliencyTap(plain), SaliencyTap(compiled)
@@ -278,7 +293,9 @@ def test_another_grid_is_bilinear_and_its_own_is_untouched() -> None:
     assert torch.equal(on_grid(feature, model, (4, 4)), feature[:, 1:])
 
 
-@pytest.mark.parametrize(("places", "like", "grid"), [(196, (14, 14), (14, 14)), (98, (14, 7), (14, 7)), (392, (7, 14), (14, 28)), (1, (4, 4), (1, 1))])
+@pytest.mark.parametrize(
+    ("places", "like", "grid"), [(196, (14, 14), (14, 14)), (98, (14, 7), (14, 7)), (392, (7, 14), (14, 28)), (1, (4, 4), (1, 1))]
+)
 def test_grid_of(places: int, like: tuple[int, int], grid: tuple[int, int]) -> None:
     assert grid_of(places, like) == grid
 

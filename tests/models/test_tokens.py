@@ -112,9 +112,11 @@ MASKABLE = ["ViT, DeiT", "distilled DeiT", "DeiT III", "CLIP", "DINOv2 with regi
 ROTARY_BY_HEAD = "rotary ViT, angles by block and head"
 
 
-@pytest.mark.parametrize("family", [each for each in FAMILIES if each.title in [*MASKABLE, ROTARY_BY_HEAD]], ids=lambda family: family.title)
+@pytest.mark.parametrize(
+    "family", [each for each in FAMILIES if each.title in [*MASKABLE, ROTARY_BY_HEAD]], ids=lambda family: family.title
+)
 def test_equals_a_full_pass_whose_attention_cannot_see_the_dropped_keys(family: Family) -> None:
-    """The model's own forward pass at full length, with timm's attention mask, is the reference; positions and rotary angles are then right."""
+    """The reference: the model itself at full length under an attention mask. Positions and rotary angles are then right."""
     wrapped, inputs = OnSomeTokens(family.build()), family.inputs()
     model, keep = wrapped.model, permutations(2, PATCHES)[:, :5]
     visible = torch.zeros(2, PATCHES, dtype=torch.bool).scatter(1, keep, True)
@@ -168,6 +170,14 @@ def test_works_compiled() -> None:
     wrapped.compile(backend="aot_eager", fullgraph=True)
     for keep in (permutations(2, PATCHES)[:, :5], permutations(2, PATCHES, seed=1)[:, :5], None):
         torch.testing.assert_close(run(wrapped, images(), keep), run(plain, images(), keep), rtol=0, atol=1e-6)
+
+
+def test_tokens_are_dropped_though_the_model_was_compiled_before() -> None:
+    model, plain = tiny(), OnSomeTokens(tiny())
+    model.compile(backend="eager")
+    run(model, images())
+    keep = permutations(2, PATCHES)[:, :5]
+    torch.testing.assert_close(run(OnSomeTokens(model), images(), keep), run(plain, images(), keep), rtol=0, atol=1e-6)
 
 
 REFUSED = {
@@ -237,8 +247,9 @@ def test_the_table_of_supported_models_is_what_was_built() -> None:
     lines = [
         "# Transformers that can run on some of their tokens",
         "",
-        "These can be MaskedKD's teacher. Made by `tests/models/test_tokens.py`, which builds each one, small and with random weights, and holds that",
-        "all tokens in any order give the plain model, that only the kept ones reach every block, and that dropped pixels change nothing.",
+        "These can be MaskedKD's teacher. Made by `tests/models/test_tokens.py`, which builds each one, small and with random weights, and",
+        "holds that all tokens in any order give the plain model, that only the kept ones reach every block, and that dropped pixels",
+        "change nothing. Patches are counted at the example's own size (transformers: at its configuration's defaults).",
         "",
         *("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]),
         "",
@@ -246,7 +257,8 @@ def test_the_table_of_supported_models_is_what_was_built() -> None:
         + "; ".join(f"`timm/{name}` ({'its ' if 'mixes' not in reason else ''}{reason})" for name, reason in REFUSED.items())
         + ".",
         "",
-        "As a *student*, any of the above, and convolutional networks of timm and torchvision: their saliency is the norm of the last feature map.",
+        "As a *student*, any of the above, and convolutional networks of timm and torchvision, whose saliency is the norm of their last",
+        "feature map.",
         "",
     ]
     text = "\n".join(lines)

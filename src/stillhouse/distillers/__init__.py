@@ -28,12 +28,21 @@ def modules() -> dict[str, str]:
     return found
 
 
-def find(name: str) -> type[Distiller]:
-    """The class of a method by name.
+def name_of(method: str | type[Distiller]) -> str:
+    """A method's name: its module's; for a class that lives elsewhere, the class's own."""
+    if isinstance(method, str):
+        return method
+    return next((name for name, path in modules().items() if path == method.__module__), method.__name__)
+
+
+def find(name: str | type[Distiller]) -> type[Distiller]:
+    """The class of a method by name; a class of the user's own passes through.
 
     Raises:
         UserError: if there is no such method, with the nearest name.
     """
+    if not isinstance(name, str):
+        return name
     if name not in modules():
         known = ", ".join(sorted(modules()))
         raise UserError(f"there is no method '{name}'{nearest(name, modules())}; `stillhouse methods` lists all: {known}")
@@ -44,7 +53,7 @@ def find(name: str) -> type[Distiller]:
     return next(each for each in classes if issubclass(each, Distiller) and each.__module__ == path)
 
 
-def settings(name: str) -> dict[str, inspect.Parameter]:
+def settings(name: str | type[Distiller]) -> dict[str, inspect.Parameter]:
     """A method's settings: the keyword-only parameters of its class."""
     parameters = inspect.signature(find(name).__init__).parameters
     return {key: parameter for key, parameter in parameters.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY}

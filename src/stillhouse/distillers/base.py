@@ -90,7 +90,7 @@ class Distiller(nn.Module):
         """What moves without gradients: an EMA teacher, a queue, a schedule. Called after every step."""
 
     def look(self, batch: Any) -> dict[str, Tensor]:
-        """What may be drawn for these images: named maps [B, h, w], such as the saliency and what the teacher was shown."""
+        """What may be drawn for these images: named maps [B, h, w] in [0, 1], such as what the teacher was shown. Called in eval mode."""
         return {}
 
     @property

@@ -65,33 +65,57 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     Raises:
         UserError: if a file is missing, damaged, or no safetensors file.
     """
+    remedy = f"remove {path} to go on from the one before"
     try:
         facts = json.loads((path / "state.json").read_text())
-        parts = {}
-        for name, digest in facts["files"].items():
-            if _sha256(path / Path(name).name) != digest:
-                raise UserError(
-                    f"{path / name} is damaged: its contents are not what was written; remove {path} to go on from the one before"
-                )
-            parts[Path(name).stem] = load_file(path / Path(name).name)
-    except (OSError, KeyError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"{path} is not a whole checkpoint ({error}); remove it to go on from the one before") from error
+        files, facts["step"] = dict(facts["files"]), int(facts["step"])
+        damaged = [name for name, digest in files.items() if _sha256(path / Path(name).name) != digest]
+        parts = {Path(name).stem: load_file(path / Path(name).name) for name in files if not damaged}
+    except (OSError, LookupError, TypeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} is not a whole checkpoint ({error}); {remedy}") from error
+    if damaged:
+        raise UserError(f"{path / damaged[0]} is damaged: its contents are not what was written; {remedy}")
     return parts, facts
 
 
 def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
-    """An optimiser's state as flat tensors, `{"3.exp_avg": …}`; its hyper-parameters are the recipe's and need no saving."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value) for index, slots in state.items() for name, value in slots.items()}
+    """An optimiser's state as flat tensors: `{"tensor.3.exp_avg": …}`, and numbers that it counts in, `{"number.3.step": …}` by parameter
+    or `{"group.0.step": …}` by group. Its hyper-parameters are the recipe's.
+
+    Raises:
+        UserError: if its state holds something else.
+    """
+    state = optimizer.state_dict()
+    tensors = {
+        f"group.{i}.{name}": _number(value)
+        for i, group in enumerate(state["param_groups"])
+        for name, value in group.items()
+        if type(value) in (int, float)
+    }
+    for index, slots in state["state"].items():
+        for name, value in slots.items():
+            if not isinstance(value, (Tensor, int, float, type(None))):
+                raise UserError(f"the state of this optimizer ('{name}') cannot be kept in a checkpoint; use adamw, sgd, lamb or lion")
+            if value is not None:
+                tensors[f"{'tensor' if isinstance(value, Tensor) else 'number'}.{index}.{name}"] = (
+                    value if isinstance(value, Tensor) else _number(value)
+                )
+    return tensors
 
 
 def load_optimizer_tensors(optimizer: Any, tensors: dict[str, Tensor]) -> None:
     """Puts `optimizer_tensors` back."""
-    state: dict[int, dict[str, Tensor]] = {}
+    groups = optimizer.state_dict()["param_groups"]
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        kind, index, name = key.split(".", 2)
+        slots = groups[int(index)] if kind == "group" else state.setdefault(int(index), {})
+        slots[name] = value if kind == "tensor" else value.item()
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
 
 
 def _sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stillhouse.distillers.base import Distiller
 from stillhouse.models.outputs import logits_of
+from stillhouse.randomness import samples, seed_from
 from stillhouse.tasks.classify import Classify
 
 
@@ -22,18 +23,20 @@ def evaluate(
     accelerator: Accelerator,
     classes: int,
     distiller: Distiller | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Metrics of `student` over `batches` of (ids, images, labels), gathered over all processes.
 
     With a distiller also the agreement with its teacher, the teacher's own top-1 *on what it was shown*, and the mean of every loss term
-    as `val_NAME`. Networks are in eval mode during the pass, and back in the mode they were in after it.
+    as `val_NAME`; what a distiller draws by sample follows from `seed` and the sample alone. Networks are in eval mode during the pass,
+    and back in the mode they were in after it.
     """
     task = Classify(classes).to(accelerator.device)
     sums: dict[str, Tensor] = {}
     with _evaluating(student, distiller), _teacher_logits(distiller) as seen:
-        for _, images, labels in batches:
+        for ids, images, labels in batches:
             images, labels = images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device, non_blocking=True)
-            with accelerator.autocast():
+            with accelerator.autocast(), samples(seed_from(seed, "evaluate"), 0, ids):
                 terms = distiller((images, labels)) if distiller is not None else {}
                 logits = logits_of(student(images))
             task.update(logits, labels, seen.pop() if seen else None)
@@ -60,9 +63,11 @@ def _evaluating(*networks: nn.Module | None) -> Iterator[None]:
     present = [(network, network.training) for network in networks if network is not None]
     for network, _ in present:
         network.eval()
-    yield
-    for network, training in present:
-        network.train(training)
+    try:
+        yield
+    finally:
+        for network, training in present:
+            network.train(training)
 
 
 @contextmanager
@@ -75,6 +80,8 @@ def _teacher_logits(distiller: Distiller | None) -> Iterator[list[Tensor]]:
         seen[:] = [logits_of(output)]
 
     handle = teacher.register_forward_hook(remember) if teacher is not None else None
-    yield seen
-    if handle is not None:
-        handle.remove()
+    try:
+        yield seen
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
-
-from stillhouse.interrupted import Interrupted
 
 
 class Interruption:
@@ -31,8 +28,3 @@ class Interruption:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(number, self._before[number])
-
-    def stop_if_asked(self, folder: Path, step: int) -> None:
-        """Raises Interrupted once the checkpoint is there."""
-        if self.asked:
-            raise Interrupted(f"interrupted after step {step}; go on with: stillhouse distill --resume --out {folder}")

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stillhouse.errors import UserError
+from stillhouse.run_folder import writing
 
 
 class Table:
@@ -19,19 +20,26 @@ class Table:
     Args:
         path: the file.
         last_step: keep the rows up to this step.
+        writable: False on processes that only know its name.
+
+    Raises:
+        UserError: if it cannot be written.
     """
 
-    def __init__(self, path: Path, last_step: int = 0) -> None:
+    def __init__(self, path: Path, last_step: int = 0, writable: bool = True) -> None:
         self.path = path
+        if not writable:
+            return
         rows = [row for row in read_table(path) if int(row["step"]) <= last_step]
-        path.unlink(missing_ok=True)
+        with writing(path):
+            path.unlink(missing_ok=True)
         for row in rows:
             self.add(row)
 
     def add(self, row: Mapping[str, float | str]) -> None:
         """Appends a row; full precision, so that equal runs give equal files."""
         new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
+        with writing(self.path), self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(row))
             if new:
                 writer.writeheader()
@@ -46,8 +54,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+REMEDY = "in another run lower --lr, set --clip 1 or use --precision bf16 or fp32; the checkpoints in this run's folder are from before"
+
+
 class Diverged(UserError):
-    """A loss became NaN or infinite; the last checkpoint is from before."""
+    """A loss or a weight became NaN or infinite; the last checkpoint is from before."""
 
 
 class Terms:
@@ -60,23 +71,24 @@ class Terms:
         """The terms of one update, detached scalars."""
         self._rows.append((step, terms))
 
-    def check(self) -> None:
-        """Waits for the device once.
+    def check(self, accelerator: Accelerator) -> None:
+        """Makes every term the mean over processes, so that all go on or stop together. Waits for the device once.
 
         Raises:
             Diverged: if any term was NaN or infinite, naming the first such step and its terms.
         """
         if not self._rows:
             return
+        if accelerator.num_processes > 1:
+            flat = torch.stack([value.double() for _, terms in self._rows for value in terms.values()])
+            means = iter(accelerator.reduce(flat, "mean").float())
+            self._rows = [(step, {name: next(means) for name in terms}) for step, terms in self._rows]
         finite = torch.stack([torch.stack([value.isfinite() for value in terms.values()]).all() for _, terms in self._rows]).cpu()
         if finite.all():
             return
         step, terms = self._rows[int((~finite).nonzero()[0])]
         which = ", ".join(f"{name} = {float(value):g}" for name, value in terms.items() if not value.isfinite())
-        raise Diverged(
-            f"the loss is not finite at step {step}: {which}; lower --lr, set --clip 1 or use --precision bf16 or fp32; "
-            "the checkpoints in the run folder are from before"
-        )
+        raise Diverged(f"the loss is not finite at step {step}: {which}; {REMEDY}")
 
     def mean(self, accelerator: Accelerator) -> dict[str, float]:
         """The mean of each term over steps and processes since the last call, and their `total`.
@@ -84,24 +96,28 @@ class Terms:
         Raises:
             Diverged: as `check`.
         """
-        self.check()
+        self.check(accelerator)
         rows = [terms for _, terms in self._rows]
         self._rows = []
         names = list(dict.fromkeys(name for terms in rows for name in terms))
         means = [torch.stack([terms[name].double() for terms in rows if name in terms]).mean() for name in names]
         if not means:
             return {}
-        reduced = dict(zip(names, accelerator.reduce(torch.stack(means), "mean").tolist(), strict=True))
-        return {"total": sum(reduced.values()), **reduced}
+        row = dict(zip(names, torch.stack(means).tolist(), strict=True))
+        return {"total": sum(row.values()), **row}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint needs to go on with the same row: `{"12.ce": …}`."""
-        return {f"{step}.{name}": value for step, terms in self._rows for name, value in terms.items()}
+        """What a checkpoint needs to go on with the same row: `{"12.0.ce": …}`, by step and place, for a file forgets the order."""
+        return {f"{step}.{place}.{name}": value for step, terms in self._rows for place, (name, value) in enumerate(terms.items())}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Puts `tensors` back."""
         rows: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            step, name = key.split(".", 1)
-            rows.setdefault(int(step), {})[name] = value
-        self._rows = sorted(rows.items())
+        for step, _, name, value in sorted((*_place(key), value) for key, value in tensors.items()):
+            rows.setdefault(step, {})[name] = value
+        self._rows = list(rows.items())
+
+
+def _place(key: str) -> tuple[int, int, str]:
+    step, place, name = key.split(".", 2)
+    return int(step), int(place), name

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType
 from safetensors.torch import save_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -19,9 +21,11 @@ from torch import Tensor, nn
 from stillhouse.data import Data
 from stillhouse.data.loading import TrainBatches, eval_batches, mixing
 from stillhouse.distillers.base import Clock, Distiller
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, nearest
+from stillhouse.interrupted import Interrupted
 from stillhouse.models.preprocessing import Preprocessing
 from stillhouse.randomness import samples, seed_from
+from stillhouse.run_folder import writing
 from stillhouse.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -31,7 +35,7 @@ from stillhouse.training.checkpoint import (
 )
 from stillhouse.training.evaluation import evaluate
 from stillhouse.training.interrupt import Interruption
-from stillhouse.training.log import Table, Terms, read_table
+from stillhouse.training.log import REMEDY, Diverged, Table, Terms, read_table
 from stillhouse.training.optim import players_of
 from stillhouse.training.progress import Progress
 from stillhouse.training.recipe import Recipe
@@ -95,21 +99,29 @@ class Loop:
         self.terms = Terms()
         self.step = 0
 
-    def run(self, resume: bool = False) -> dict[str, float]:
-        """Trains to the end and returns the last evaluation's metrics.
+    def run(self) -> dict[str, float]:
+        """Trains from where it is to the end and returns the last evaluation's metrics.
 
         Raises:
             Interrupted: after a signal to stop, once a checkpoint is written.
             Diverged: if a loss is not finite; the last checkpoint is from before.
-            UserError: if there is nothing to resume, or what is there is of another run.
+            UserError: if something cannot be written.
         """
-        if resume:
-            self.load()
-        train, speed, val = (Table(self.folder / f"{name}.csv", self.step) for name in ("train", "speed", "val"))
+        self.accelerator.init_trackers("stillhouse")
+        try:
+            return self.run_from_here()
+        finally:
+            for tracker in self.accelerator.trackers:  # not `end_training`: it takes the process group away from what comes next
+                tracker.finish()
+
+    def run_from_here(self) -> dict[str, float]:
+        """`run`, once it is known where to begin."""
+        main = self.accelerator.is_main_process
+        train, speed, val = (Table(self.folder / f"{name}.csv", self.step, main) for name in ("train", "speed", "val"))
         metrics: dict[str, float] = {}
         first, elsewhere, begun = self.step, 0.0, time.perf_counter()
         self.pictures(first)
-        with Interruption() as interruption, Progress(self.title, int(self.steps), self.step, self.accelerator.is_main_process) as progress:
+        with Interruption() as interruption, Progress(self.title, int(self.steps), self.step, main) as progress:
             for step, *batch in self.to_do():
                 self.update(step, *batch)
                 self.step = step + 1
@@ -126,11 +138,12 @@ class Loop:
                     self.write(val, metrics)
                     progress.show(f"top-1 {metrics['top1']:.3f}")
                 self.pictures(self.step)
-                if self.saves() or interruption.asked:
+                stopping = self.stops(interruption)
+                if self.saves() or stopping:
                     self.save()
-                interruption.stop_if_asked(self.folder, self.step)
+                if stopping:
+                    raise Interrupted(f"interrupted after step {self.step}")
                 elsewhere += time.perf_counter() - paused
-        self.accelerator.end_training()
         return metrics or {name: float(value) for name, value in read_table(val.path)[-1].items() if name not in ("step", "epoch")}
 
     def to_do(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -149,9 +162,9 @@ class Loop:
         self.model.train()
         seen: dict[str, Tensor] = {}
         for player in self.players:
+            player.schedule.step_update(step)
             if step % player.turn.every:
                 continue
-            player.schedule.step_update(step)
             for number, part in enumerate(parts):
                 torch.manual_seed(seed_from(self.recipe.seed, "step", step, player.turn.name, self.accelerator.process_index, number))
                 last = number == len(parts) - 1
@@ -162,7 +175,8 @@ class Loop:
                 self.accelerator.clip_grad_norm_(player.turn.parameters, self.recipe.clip)
             player.optimizer.step()
             self.model.zero_grad(set_to_none=True)
-        self.terms.add(step, seen)
+        if seen:
+            self.terms.add(step, seen)
         self.distiller.after_update(self.clock(step + 1))
         if self.ema is not None:
             self.ema.update(self.distiller.product, step=step + 1)
@@ -189,6 +203,14 @@ class Loop:
         """Whether a checkpoint is due."""
         return self.step == self.steps or self.step % (self.recipe.save_every or self.steps_per_epoch) == 0
 
+    def stops(self, interruption: Interruption) -> bool:
+        """Whether to end here because of a signal. Several processes agree, and so only where they wait for each other anyway."""
+        if self.accelerator.num_processes == 1:
+            return interruption.asked
+        if self.step % self.recipe.log_every and not self.saves():
+            return False
+        return bool(self.accelerator.reduce(torch.tensor(float(interruption.asked), device=self.accelerator.device)) > 0)
+
     def evaluate(self) -> dict[str, float]:
         """The metrics of the student that would be kept now."""
         batches = eval_batches(
@@ -202,7 +224,7 @@ class Loop:
         if self.recipe.smoke:
             batches = (batch for _, batch in zip(range(SMOKE_BATCHES), batches, strict=False))
         torch.manual_seed(seed_from(self.recipe.seed, "evaluate", self.step))
-        return evaluate(self.kept, batches, self.accelerator, len(self.data.classes), self.distiller)
+        return evaluate(self.kept, batches, self.accelerator, len(self.data.classes), self.distiller, self.recipe.seed)
 
     @property
     def kept(self) -> nn.Module:
@@ -222,12 +244,11 @@ class Loop:
         maps = self.distiller.look((images.to(self.accelerator.device), labels.to(self.accelerator.device)))
         self.distiller.train(training)
         tensors = {"images": self.undo(images), "labels": labels, **{name: value.float().cpu() for name, value in maps.items()}}
-        (self.folder / "pictures").mkdir(exist_ok=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            self.folder / "pictures" / f"step-{step:08d}.safetensors",
-            metadata={"step": str(step), "progress": str(moments[step])},
-        )
+        path = self.folder / "pictures" / f"step-{step:08d}.safetensors"
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            told = {"step": str(step), "progress": str(moments[step])}
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=told)
 
     def undo(self, images: Tensor) -> Tensor:
         """Pictures uint8 [n, C, H, W] from what the student takes."""
@@ -243,8 +264,9 @@ class Loop:
         self.accelerator.log({f"{table.path.stem}/{name}": value for name, value in row.items()}, step=self.step)
 
     def save(self) -> None:
-        """A checkpoint of all that learns, once the losses up to here are known to be finite."""
-        self.terms.check()
+        """A checkpoint of all that learns, once the losses up to here and the weights are known to be finite."""
+        self.terms.check(self.accelerator)
+        refuse_unless_finite(self.distiller, self.step)
         if self.accelerator.is_main_process:
             parts = {
                 "distiller": _tensors(self.distiller.state_dict()),
@@ -258,29 +280,31 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def load(self) -> None:
-        """Takes up the last checkpoint.
+        """Takes up the last checkpoint, if there is one.
 
         Raises:
-            UserError: if there is none, it is damaged, or of another method, model, teacher, data set or settings.
+            UserError: if it is damaged, or of another method, model, teacher, data set or settings.
         """
         found = checkpoints(self.folder / "checkpoints")
         if not found:
             return
         parts, facts = load_checkpoint(found[-1])
         for name, value in self.facts.items():
-            if facts["facts"].get(name) != value:
-                raise UserError(
-                    f"{found[-1]} is of another {name} ({facts['facts'].get(name)}, now {value}); start anew in another folder with --out"
-                )
-        self.distiller.load_state_dict(parts["distiller"])
-        for player in self.players:
-            load_optimizer_tensors(player.optimizer, parts[f"optimizer-{player.turn.name}"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(parts["ema"])
+            was = facts.get("facts", {}).get(name)
+            if was != value:
+                raise UserError(f"{found[-1]} is of another {name} ({was}, now {value}); start anew in another folder with --out")
+        try:
+            self.distiller.load_state_dict(parts["distiller"])
+            for player in self.players:
+                load_optimizer_tensors(player.optimizer, parts[f"optimizer-{player.turn.name}"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(parts["ema"])
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{found[-1]} is of another network ({str(error).splitlines()[0]}); start anew with --out") from error
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.step = facts["step"]
-        self.terms.restore(parts["log"])
+        self.terms.restore({name: value.to(self.accelerator.device) for name, value in parts["log"].items()})
 
 
 def accelerator_for(recipe: Recipe, folder: Path, turns: int = 1) -> Accelerator:
@@ -289,20 +313,42 @@ def accelerator_for(recipe: Recipe, folder: Path, turns: int = 1) -> Accelerator
     Raises:
         UserError: if the precision asked for does not work here, or a tracker is unknown or not installed.
     """
+    AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision fp16 needs a CUDA device; use bf16 or fp32 here")
-    trackers = [name for name in recipe.trackers.split(",") if name not in ("", "none")]
-    try:
-        accelerator = Accelerator(
-            mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
-            log_with=trackers or None,
-            project_dir=folder / "curves",
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=turns > 1)],
-        )
-        accelerator.init_trackers("stillhouse")
-    except (ValueError, ImportError) as error:
-        raise UserError(f"trackers is '{recipe.trackers}': {error}; use tensorboard or none, or install the tracker") from error
-    return accelerator
+    return Accelerator(
+        mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
+        log_with=trackers_of(recipe) or None,
+        project_dir=folder / "curves",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=turns > 1)],
+    )
+
+
+def trackers_of(recipe: Recipe) -> list[str]:
+    """The trackers asked for, all of them known to Accelerate and installed.
+
+    Raises:
+        UserError: if one is not.
+    """
+    known, installed = LoggerType.list(), [str(each) for each in get_available_trackers()]
+    trackers = [name.strip() for name in recipe.trackers.split(",") if name.strip() not in ("", "none")]
+    for name in trackers:
+        if name not in known:
+            raise UserError(f"there is no tracker '{name}'{nearest(name, known)}; use none, or some of {', '.join(known)}")
+        if name not in installed:
+            raise UserError(f"the tracker {name} is not installed: pip install {name}, or use another with --trackers")
+    return trackers
+
+
+def refuse_unless_finite(distiller: Distiller, step: int) -> None:
+    """A finite loss can have a gradient that is not: weights that it spoilt are never written.
+
+    Raises:
+        Diverged: naming the first such weight.
+    """
+    for name, parameter in distiller.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise Diverged(f"the update of step {step} made {name} NaN or infinite; {REMEDY}")
 
 
 def _tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -66,6 +66,7 @@ def parameter_groups(distiller: Distiller, turn: Turn, recipe: Recipe) -> list[d
         groups += _network_groups(network, recipe)
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) in wanted]
+        wanted -= {id(parameter) for parameter in group["params"]}  # a network may be reached by two names
         group.pop("param_names", None)
     return [group for group in groups if group["params"]]
 
@@ -75,5 +76,5 @@ def _network_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     excluded = listed()
     if recipe.layer_decay is None or not hasattr(network, "group_matcher"):
         return param_groups_weight_decay(network, recipe.weight_decay, no_weight_decay_list=excluded)
-    groups = param_groups_layer_decay(network, recipe.weight_decay, no_weight_decay_list=excluded, layer_decay=recipe.layer_decay)
-    return [{**group, "lr": recipe.lr * group.get("lr_scale", 1.0)} for group in groups]
+    # the schedule multiplies by each group's lr_scale
+    return param_groups_layer_decay(network, recipe.weight_decay, no_weight_decay_list=excluded, layer_decay=recipe.layer_decay)

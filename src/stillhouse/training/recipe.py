@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from stillhouse.errors import UserError
 
@@ -72,21 +73,30 @@ class Recipe:
             UserError: naming the setting, its value and what was expected.
         """
         for name in ("epochs", "batch", "accumulate", "log_every", "eval_every", "max_steps", "save_every"):
-            self._expect(name, lambda value: value >= 1, "a whole number of at least 1")
+            self._expect(name, lambda value: value >= 1 and value == int(value), "a whole number of at least 1")
+        for name in ("workers", "seed"):
+            self._expect(name, lambda value: value >= 0 and value == int(value), "a whole number of at least 0")
         for name in ("lr", "clip"):
             self._expect(name, lambda value: 0 < value < math.inf, "a positive finite number")
-        for name in ("min_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix", "workers", "seed"):
+        for name in ("min_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix"):
             self._expect(name, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
         for name in ("ema", "smoothing"):
             self._expect(name, lambda value: 0 <= value < 1, "a number in [0, 1)")
         self._expect("layer_decay", lambda value: 0 < value <= 1, "a number in (0, 1]")
         self._expect("precision", lambda value: value in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16")
 
-    def _expect(self, name: str, holds: object, expected: str) -> None:
+    def _expect(self, name: str, holds: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, name)
-        if value is not None and not holds(value):  # type: ignore[operator]
+        if value is None and OPTIONAL[name]:
+            return
+        try:
+            right = holds(value)
+        except (TypeError, ValueError, OverflowError):
+            right = False
+        if not right:
             raise UserError(f"{name} is {value}, expected {expected}")
 
 
+OPTIONAL = {field.name: field.default is None for field in fields(Recipe)}
 NAMES = frozenset(field.name for field in fields(Recipe))
 """The names of all settings of the loop."""

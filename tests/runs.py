@@ -1,0 +1,101 @@
+"""Small runs: the smallest networks and data that a training can be shown on."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import signal
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stillhouse as sh
+from stillhouse import distillers
+from stillhouse.data import Data, open_data
+from stillhouse.data.transforms import eval_transform, train_transform
+from stillhouse.distillers.base import Distiller
+from stillhouse.session import input_of, open_student
+from stillhouse.training.loop import Loop
+from stillhouse.training.recipe import Recipe
+
+STUDENT = "timm/vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=16,depth=1,num_heads=2"
+TEACHER = "timm/vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=24,depth=2,num_heads=2"
+DATA = "digits:train=64"
+RECIPE: dict[str, Any] = {"batch": 16, "epochs": 3, "lr": 1e-2, "trackers": "none", "log_every": 3, "warmup_epochs": 1.0}
+"""Four steps an epoch, twelve in all."""
+
+
+@cache
+def data() -> Data:
+    return open_data(DATA)
+
+
+def network(spec: str = STUDENT, seed: int = 0) -> nn.Module:
+    return open_student(spec, data(), "random", False, seed)
+
+
+def distiller(name: str, **settings: Any) -> Distiller:
+    kind = distillers.find(name)
+    torch.manual_seed(0)
+    teacher = {} if name == "scratch" else {"teacher": network(TEACHER, 1)}
+    return kind(network(), **teacher, **settings)
+
+
+def loop(learner: Distiller, folder: Path, **recipe: Any) -> Loop:
+    """A loop in a new folder; with `resume=True` as its last checkpoint left it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    resume, preprocessing = recipe.pop("resume", False), input_of(learner.student, data())
+    transforms = train_transform(preprocessing, data()), eval_transform(preprocessing, data())
+    made = Loop(learner, data(), transforms, preprocessing, Recipe(**RECIPE | recipe), folder, {"method": type(learner).__name__})
+    if resume:
+        made.load()
+    return made
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """The signal arrives while this many updates are done, in whichever loop comes first there."""
+    update = Loop.update
+
+    def stopping(self: Loop, at: int, *batch: Tensor) -> None:
+        update(self, at, *batch)
+        if at + 1 == step:
+            monkeypatch.undo()
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Loop, "update", stopping)
+
+
+def weights(learner: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in learner.state_dict().items()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
+
+
+@cache
+def teacher() -> str:
+    """The folder of a teacher that knows some digits."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    run = sh.distill("scratch", student=TEACHER, data="digits:train=512", out=str(folder / "teacher"), **RECIPE | {"batch": 64, "epochs": 6})
+    assert run.metrics["top1"] > 0.4
+    return str(run.folder)
+
+
+def distil(folder: Path, method: Any = "masked_kd", **settings: Any) -> sh.Run:
+    """A small run from words to report."""
+    job = {"teacher": teacher(), "student": STUDENT, "data": DATA, "out": str(folder), **RECIPE, "max_steps": 6}
+    return sh.distill(method, **job | settings)
