@@ -90,7 +90,9 @@ def teacher() -> str:
     """The folder of a teacher that knows some digits."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    run = sh.distill("scratch", student=TEACHER, data="digits:train=512", out=str(folder / "teacher"), **RECIPE | {"batch": 64, "epochs": 6})
+    run = sh.distill(
+        "scratch", student=TEACHER, data="digits:train=512", out=str(folder / "teacher"), **RECIPE | {"batch": 32, "epochs": 12}
+    )
     assert run.metrics["top1"] > 0.4
     return str(run.folder)
 

@@ -141,7 +141,7 @@ def _switches(function: Callable[..., Any]) -> set[str]:
 def _spelled_out(arguments: Sequence[str], switches: set[str]) -> list[str]:
     """Dashes in flags as the underscores of the parameters, and `--resume` as `--resume true`."""
     words: list[str] = []
-    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         flag, equals, value = word.partition("=")
         if flag.startswith("--"):
             flag = "--" + flag[2:].replace("-", "_")

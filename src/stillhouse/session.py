@@ -7,7 +7,6 @@ import datetime
 import inspect
 import logging
 import platform
-import shlex
 import shutil
 import sys
 import time
@@ -149,7 +148,7 @@ class Session:
             "status": "running",
             "method": self.method,
             "title": type(stage.distiller).__name__,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "seed": self.recipe.seed,
             "versions": versions(),
             "hashes": {"teacher": weights_hash(self.teacher) if self.teacher is not None else None, "data": self.data.fingerprint},

@@ -83,22 +83,12 @@ def test_the_weights_are_those_of_a_bare_loop(name: str, clip: float | None, tmp
     assert_equal({k: v for k, v in after.items() if k != "_extra_state"}, {k: v for k, v in expected.items() if k != "_extra_state"})
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_does_not_change_the_weights(parts: int, tmp_path: Path) -> None:
-    expected, _ = bare(distiller("masked_kd"), clip=1.0)
-    learner = distiller("masked_kd")
-    loop(learner, tmp_path, clip=1.0, accumulate=parts, optimizer="adamw").run()
-    for name, value in weights(learner).items():
-        if name != "_extra_state":
-            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
-
-
 def test_accumulation_does_not_change_an_update(tmp_path: Path) -> None:
-    """Where Adam would blow rounding up: one plain step."""
+    """One plain step and a clipped one; Adam would blow rounding up."""
     after = []
     for parts in (1, 2, 4, 16):
         learner = distiller("masked_kd")
-        loop(learner, tmp_path / str(parts), accumulate=parts, optimizer="sgd", max_steps=1, epochs=1, warmup_epochs=0.0).run()
+        loop(learner, tmp_path / str(parts), accumulate=parts, optimizer="sgd", clip=1.0, max_steps=2, epochs=1).run()
         after.append(weights(learner.student))
     for found in after[1:]:
         for name, value in after[0].items():

@@ -123,7 +123,7 @@ def charts(record: Record, rows: list[Record], train: Columns, val: Columns, bas
     style = {"total": "total"} | {name: f"term-{i % 6}" for i, name in enumerate(name for name in terms if name != "total")}
     top1 = [curve("student", "student", val, "top1", 100), curve("student, labels only", "baseline", baseline_val, "top1", 100)]
     shown = [curve(f"teacher on {kept(record)}", "teacher", val, "teacher_top1", 100)] if kept(record) else []
-    curriculum = "The teacher's own accuracy on the patches it was shown. The paper's curriculum: it rises as the student learns to look."
+    curriculum = "The teacher's own accuracy on the patches it was shown. The paper saw it rise as the student learns to look."
     found = [
         chart("Validation accuracy", [*top1, Line("teacher", "teacher", level=level)], unit="%"),
         chart(

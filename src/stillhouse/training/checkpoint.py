@@ -79,27 +79,16 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
 
 def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
-    """An optimiser's state as flat tensors: `{"tensor.3.exp_avg": …}`, and numbers that it counts in, `{"number.3.step": …}` by parameter
-    or `{"group.0.step": …}` by group. Its hyper-parameters are the recipe's.
-
-    Raises:
-        UserError: if its state holds something else.
-    """
-    state = optimizer.state_dict()
-    tensors = {
-        f"group.{i}.{name}": _number(value)
-        for i, group in enumerate(state["param_groups"])
-        for name, value in group.items()
-        if type(value) in (int, float)
-    }
-    for index, slots in state["state"].items():
-        for name, value in slots.items():
-            if not isinstance(value, (Tensor, int, float, type(None))):
-                raise UserError(f"the state of this optimizer ('{name}') cannot be kept in a checkpoint; use adamw, sgd, lamb or lion")
-            if value is not None:
-                tensors[f"{'tensor' if isinstance(value, Tensor) else 'number'}.{index}.{name}"] = (
-                    value if isinstance(value, Tensor) else _number(value)
-                )
+    """An optimiser's state as tensors, `{"tensor.state.3.exp_avg": …}`, with the numbers some count in, `{"number.group.0.k": …}`."""
+    found = optimizer.state_dict()
+    slots = [("group", *each) for each in enumerate(found["param_groups"])] + [("state", *each) for each in found["state"].items()]
+    tensors = {}
+    for where, index, values in slots:
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"tensor.{where}.{index}.{name}"] = value
+            elif type(value) in (int, float):
+                tensors[f"number.{where}.{index}.{name}"] = torch.tensor(value, dtype=torch.int64 if type(value) is int else torch.float64)
     return tensors
 
 
@@ -108,14 +97,10 @@ def load_optimizer_tensors(optimizer: Any, tensors: dict[str, Tensor]) -> None:
     groups = optimizer.state_dict()["param_groups"]
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        kind, index, name = key.split(".", 2)
-        slots = groups[int(index)] if kind == "group" else state.setdefault(int(index), {})
+        kind, where, index, name = key.split(".", 3)
+        slots = groups[int(index)] if where == "group" else state.setdefault(int(index), {})
         slots[name] = value if kind == "tensor" else value.item()
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
 
 
 def _sha256(path: Path) -> str:

@@ -16,6 +16,9 @@ from stillhouse.distillers.base import Distiller, Turn
 from stillhouse.errors import UserError, nearest
 from stillhouse.training.recipe import Recipe
 
+UNFIT = ("adahessian", "kron")
+"""The first needs gradients of gradients; the second keeps more than tensors, and draws its own random numbers."""
+
 
 @dataclass
 class Player:
@@ -37,10 +40,13 @@ def players_of(distiller: Distiller, recipe: Recipe, steps: int, warmup_steps: i
 
 def _player(distiller: Distiller, turn: Turn, recipe: Recipe, steps: int, warmup_steps: int) -> Player:
     name = turn.optimizer or recipe.optimizer
-    known = [str(each) for each in list_optimizers()]
+    known = [str(each) for each in list_optimizers() if not str(each).startswith(UNFIT)]
     if name not in known:
         raise UserError(f"there is no optimizer '{name}'{nearest(name, known)}; timm knows {', '.join(known)}")
-    optimizer = create_optimizer_v2(parameter_groups(distiller, turn, recipe), opt=name, lr=recipe.lr, weight_decay=0.0)
+    try:
+        optimizer = create_optimizer_v2(parameter_groups(distiller, turn, recipe), opt=name, lr=recipe.lr, weight_decay=0.0)
+    except (AssertionError, ImportError) as error:
+        raise UserError(f"the optimizer {name} does not work here ({error}), use another such as adamw") from error
     return Player(turn, optimizer, cosine(optimizer, recipe, steps, warmup_steps))
 
 
