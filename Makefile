@@ -1,5 +1,5 @@
-# make demo: the main job on the embedded data, into runs/demo.   make test: lint, types, tests.
-# Both set up everything they need in .venv, from a clean clone, with Python 3.10+ and make alone.
+# make demo: the main job on the embedded data, into runs/demo.   make test: lint, types, tests.   make docs: the pages, into site/.
+# All set up everything they need in .venv, from a clean clone, with Python 3.10+ and make alone.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,6 +15,10 @@ test: .venv/installed-test
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+docs: .venv/installed-docs
+	$(BIN)/python docs/make_methods.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
@@ -24,5 +28,9 @@ test: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@
 
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

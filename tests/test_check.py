@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import stillhouse as sh
-from stillhouse.check import check_distiller
+from stillhouse.checking import check_distiller
 from stillhouse.data.transforms import eval_transform
 from stillhouse.distillers.base import Distiller
 from stillhouse.distillers.classics.kd import KD
@@ -36,7 +36,7 @@ def good_teacher() -> nn.Module:
 def test_a_good_pair_passes_and_what_was_seen_is_said() -> None:
     seen = {finding.what: finding.seen for finding in sh.check(teacher(), STUDENT, "digits:train=64")}
     assert list(seen) == ["networks", "classes", "teacher", "normalisation", "teacher's accuracy", "one step"]
-    assert "the teacher sees 8 of its 16 patches" in seen["networks"]
+    assert "the teacher sees 2 of its 4 patches" in seen["networks"]
     assert seen["classes"] == "10, known to student and teacher"
     assert seen["teacher"] == "frozen, in eval mode"
     assert seen["normalisation"] == "the same for both networks"

@@ -11,57 +11,12 @@ from stillhouse import cli, distillers
 from stillhouse.errors import UserError
 from tests.runs import DATA, RECIPE, STUDENT, files, teacher
 
-FLAGS = [
-    "--accumulate",
-    "--allow-partial",
-    "--allow-weak-teacher",
-    "--alpha",
-    "--attention",
-    "--auto-augment",
-    "--bad-data",
-    "--baseline",
-    "--batch",
-    "--by",
-    "--clip",
-    "--compile",
-    "--config",
-    "--crop-scale",
-    "--cutmix",
-    "--data",
-    "--ema",
-    "--epochs",
-    "--eval-every",
-    "--hflip",
-    "--hint",
-    "--keep",
-    "--layer-decay",
-    "--log-every",
-    "--lr",
-    "--max-steps",
-    "--method",
-    "--min-lr",
-    "--mixup",
-    "--optimizer",
-    "--out",
-    "--overwrite",
-    "--precision",
-    "--random-erasing",
-    "--resume",
-    "--save-every",
-    "--seed",
-    "--smoke",
-    "--smoothing",
-    "--student",
-    "--student-weights",
-    "--targets",
-    "--teacher",
-    "--teacher-weights",
-    "--temperature",
-    "--trackers",
-    "--warmup-epochs",
-    "--weight-decay",
-    "--workers",
-]
+FLAGS = """
+--accumulate --allow-partial --allow-weak-teacher --alpha --attention --auto-augment --bad-data --baseline --batch --by --clip --compile
+--config --crop-scale --cutmix --data --ema --epochs --eval-every --hflip --hint --keep --layer-decay --log-every --lr --max-steps --method
+--min-lr --mixup --optimizer --out --overwrite --precision --random-erasing --resume --save-every --seed --smoke --smoothing --student
+--student-weights --targets --teacher --teacher-weights --temperature --trackers --warmup-epochs --weight-decay --workers
+"""
 """Of `distill --method masked_kd`: a flag that is renamed breaks somebody's script."""
 
 
@@ -82,7 +37,7 @@ def helped(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_flags_of_masked_kd_are_frozen(capsys: pytest.CaptureFixture[str]) -> None:
     text = helped("distill", capsys=capsys)
     found = set(re.findall(r"^  (?:-h, )?(--[\w.-]+)", text, re.MULTILINE)) - {"--help"}
-    assert sorted(found) == FLAGS
+    assert sorted(found) == FLAGS.split()
     assert text == helped("distill", "--method", "masked_kd", capsys=capsys)
 
 
@@ -99,7 +54,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 def test_the_settings_of_a_method_are_flags_with_their_defaults(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(helped("distill", "--method", method, capsys=capsys).split())
     for name, parameter in distillers.settings(method).items():
-        _, found, rest = text.partition(f"--{name.replace('_', '-')} ")
+        _, found, rest = text.rpartition(f"--{name.replace('_', '-')} ")
         assert found, name
         default = "null" if parameter.default is None else str(parameter.default)
         assert f"default: {default})" in rest.split(" --")[0], name
@@ -171,7 +126,7 @@ def test_from_the_command_to_the_table(capsys: pytest.CaptureFixture[str], tmp_p
     )
     table = capsys.readouterr().out
     assert "student (masked_kd)" in table
-    assert "the teacher saw 8 of 16 patches" in table
+    assert "the teacher saw 2 of 4 patches" in table
     assert "report: run/report.html" in table
     before = files(tmp_path)
     assert cli.main(["distill", "--resume", "--out", "run"]) == 0

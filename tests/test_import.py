@@ -36,3 +36,12 @@ def test_every_public_name_is_there() -> None:
     assert stillhouse.distillers.MaskedKD is stillhouse.distillers.find("masked_kd")
     with pytest.raises(AttributeError, match="no distiller 'Nothing'"):
         stillhouse.distillers.Nothing  # noqa: B018
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing `stillhouse.check` would turn `stillhouse.check` into a module."""
+    import pkgutil
+
+    import stillhouse
+
+    assert {module.name for module in pkgutil.iter_modules(stillhouse.__path__)} & set(stillhouse.__all__) == {"distillers"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -58,10 +59,13 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     from stillhouse.interrupted import Interrupted
     from stillhouse.report.terminal import show
 
-    _show_log()
+    main_process = os.environ.get("RANK", "0") == "0"
+    _show_log(main_process)
     try:
         function: Callable[..., Any] = getattr(commands, name)
-        show(name, function(**_given(name, function, arguments)))
+        result = function(**_given(name, function, arguments))
+        if main_process:
+            show(name, result)
     except UserError as error:
         print(f"stillhouse {name}: {error}", file=sys.stderr)
         return 1
@@ -98,12 +102,12 @@ def _parser(name: str) -> Any:
             return re.sub(r"--[a-z_.]+", lambda flag: flag[0].replace("_", "-"), super().format_help(*arguments))
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            unknown = re.search(r"--(\w+)", message)
-            flags = [action.dest for action in self._actions]
-            near = nearest(unknown[1], flags).replace("_", "-") if unknown and unknown[1] not in flags else ""
+            unknown = re.search(r"--\w+", message)
+            flags = [f"--{action.dest}" for action in self._actions]
+            near = nearest(unknown[0], flags).replace("_", "-") if unknown and unknown[0] not in flags else ""
             raise UserError(f"{' '.join(message.split())}{near}; `{self.prog} --help` shows all flags")
 
-    return Parser(prog=f"stillhouse {name}", description=COMMANDS[name], default_env=False, print_config=None)
+    return Parser(prog=f"stillhouse {name}", description=COMMANDS[name], default_env=False, print_config=None, allow_abbrev=False)
 
 
 def _add_distill(parser: Any, function: Callable[..., Any], arguments: Sequence[str]) -> set[str]:
@@ -169,11 +173,11 @@ def _method(arguments: Sequence[str]) -> str:
     return named.method or "masked_kd"
 
 
-def _show_log() -> None:
+def _show_log(main_process: bool) -> None:
     import logging
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("stillhouse").setLevel(logging.INFO)
+    logging.getLogger("stillhouse").setLevel(logging.INFO if main_process else logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stillhouse.catalogue import Card
-    from stillhouse.check import Finding
+    from stillhouse.checking import Finding
     from stillhouse.data import Data
 
 __all__ = ["check", "compare", "distill", "estimate", "evaluate", "export", "methods", "reproduce"]
@@ -51,7 +51,7 @@ def check(
         allow_weak_teacher: go on although the teacher is no better than chance.
         seed: of the student's random weights.
     """
-    from stillhouse.check import check_distiller
+    from stillhouse.checking import check_distiller
     from stillhouse.session import Session
 
     job: dict[str, Any] = {"method": method, "teacher": teacher, "student": student, "data": data, "teacher_weights": teacher_weights}

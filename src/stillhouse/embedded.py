@@ -13,8 +13,8 @@ VIT = "timm/vit_tiny_patch16_224:img_size=24,patch_size=4,weight_init=jax"  # ti
 TEACHER = f"{VIT},embed_dim=64,depth=3,num_heads=4"
 STUDENT = f"{VIT},embed_dim=32,depth=2,num_heads=2"
 RECIPE: dict[str, Any] = {"batch": 64, "log_every": 20, "save_every": 300}
-TEACHER_RECIPE: dict[str, Any] = RECIPE | {"epochs": 75, "lr": 1e-3, "warmup_epochs": 7, "eval_every": 15}
-STUDENT_RECIPE: dict[str, Any] = RECIPE | {"epochs": 225, "lr": 2e-3, "warmup_epochs": 20, "eval_every": 15}
+TEACHER_RECIPE: dict[str, Any] = RECIPE | {"epochs": 50, "lr": 1.5e-3, "warmup_epochs": 5, "eval_every": 10}
+STUDENT_RECIPE: dict[str, Any] = RECIPE | {"epochs": 150, "lr": 3e-3, "warmup_epochs": 15, "eval_every": 10}
 
 
 def embedded_job(method: str | type[Distiller], given: dict[str, Any], beside: Path) -> dict[str, Any]:

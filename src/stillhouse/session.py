@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import inspect
+import itertools
 import logging
 import platform
 import shutil
@@ -22,7 +23,7 @@ from torch import nn
 
 import stillhouse
 from stillhouse import distillers
-from stillhouse.check import check_distiller
+from stillhouse.checking import check_distiller
 from stillhouse.data import Data, open_data
 from stillhouse.data.transforms import eval_transform, train_transform
 from stillhouse.distillers.base import Distiller, Stage
@@ -32,6 +33,7 @@ from stillhouse.models.opening import open_model
 from stillhouse.models.preprocessing import Preprocessing, preprocessing_of, set_preprocessing
 from stillhouse.models.saving import save_student
 from stillhouse.models.weights import weights_hash
+from stillhouse.randomness import seeded
 from stillhouse.report import write_report
 from stillhouse.results import results
 from stillhouse.run import SETTINGS_OF_A_RUN
@@ -88,8 +90,14 @@ class Session:
         )
 
     def stages(self) -> Iterator[Stage]:
-        """The parts of the training."""
-        return self.distiller.stages(self.student, self.teacher, self.recipe.epochs, **self.settings)
+        """The parts of the training. What a distiller adds to the networks starts from weights that are a function of the seed."""
+        stages = self.distiller.stages(self.student, self.teacher, self.recipe.epochs, **self.settings)
+        for number in itertools.count():
+            with seeded(self.recipe.seed, "stage", number):
+                stage = next(stages, None)
+            if stage is None:
+                return
+            yield stage
 
     def first_stage(self) -> Stage:
         """The first part of the training, as it would begin."""
@@ -110,7 +118,9 @@ class Session:
     def loop(self, stage: Stage, first: bool) -> Loop:
         """The loop of a stage, where it was stopped if this is a resume. Before the first one all is checked, and nothing written."""
         if first:
-            check_distiller(stage.distiller, self.data, self.transforms[1], allow_weak_teacher=self.job["allow_weak_teacher"])
+            weak = self.job["allow_weak_teacher"]
+            for finding in check_distiller(stage.distiller, self.data, self.transforms[1], allow_weak_teacher=weak):
+                LOG.info("%s: %s", finding.what, finding.seen)
         facts = self.describe(stage)
         settings = {name: str(value) for name, value in {**vars(self.recipe), **self.augmentation, **self.settings}.items()}
         same = {
@@ -175,7 +185,7 @@ class Session:
             self.facts |= results(self.folder, loop.distiller, kept, self.data, self.transforms[1], self.recipe, metrics, loop.accelerator)
         self.end("finished")
         if main:
-            LOG.info("report: %s", write_report(self.folder))
+            write_report(self.folder)
         loop.accelerator.wait_for_everyone()
 
     def train_baseline(self) -> None:

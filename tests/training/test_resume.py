@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_several_turns_go_on_exactly(every: tuple[int, int], tmp_path: Path, mon
 def test_stopped_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first step, at the end of an epoch, on a row of the log, and at the last step."""
     held(lambda: distiller("masked_kd"), tmp_path, monkeypatch, stops=(1, 4, 10, 12), ema=0.8)
+
+
+def test_sigterm_stops_as_ctrl_c_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    interrupt(monkeypatch, 3, signal.SIGTERM)
+    with pytest.raises(Interrupted, match="after step 3"):
+        loop(distiller("scratch"), tmp_path).run()
+    assert load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])[1]["step"] == 3
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_dropout_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SETUP = {"method": "method", "teacher": "teacher", "student": "student", "data": "data", "seed": "seed", "status": "status"}
+SHORT = ("method", "seed", "status")  # what fits into a column; the rest is said below the table
 MEASURES: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "top1": ("top-1", percent),
     "nll": ("NLL", plain),
@@ -66,15 +67,18 @@ def print_table(rows: list[dict[str, Any]], console: Console | None = None) -> N
     differing = [key for key in SETUP if len({str(row.get(key)) for row in rows}) > 1]
     measured = [key for key in MEASURES if any(known(row.get(key)) for row in rows)]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("run", *(SETUP[key] for key in differing)):
+    for name in ("run", *(SETUP[key] for key in differing if key in SHORT)):
         table.add_column(name, overflow="fold")
     for key in measured:
         table.add_column(MEASURES[key][0], justify="right", no_wrap=True)
     for row in rows:
-        setup = [DASH if row.get(key) is None else str(row[key]) for key in ("run", *differing)]
+        setup = [Path(row["run"]).name, *(DASH if row.get(key) is None else str(row[key]) for key in differing if key in SHORT)]
         table.add_row(*(Text(cell) for cell in setup), *(MEASURES[key][1](row.get(key)) for key in measured))
     console = console or Console()
     console.print(table)
+    for row in rows:
+        setup = [f"{SETUP[key]} {row[key]}" for key in differing if key not in SHORT and row.get(key) is not None]
+        console.print(Text(f"{row['run']}: {', '.join(setup)}" if setup else str(row["run"])), style="dim")
     same = [f"{SETUP[key]} {rows[0][key]}" for key in SETUP if rows and key not in differing and rows[0].get(key) is not None]
     if same:
         console.print(Text(f"{'all' if len(rows) > 1 else 'with'}: {', '.join(same)}"), style="dim")

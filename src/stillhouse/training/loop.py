@@ -159,7 +159,8 @@ class Loop:
         """One step: every turn that is due learns from the same images; then what moves without gradients moves."""
         images, labels = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in (images, labels))
         parts = list(zip(*(tensor.chunk(self.recipe.accumulate) for tensor in (ids, images, labels)), strict=True))
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         seen: dict[str, Tensor] = {}
         for player in self.players:
             player.schedule.step_update(step)
@@ -176,7 +177,7 @@ class Loop:
             player.optimizer.step()
             self.model.zero_grad(set_to_none=True)
         if seen:
-            self.terms.add(step, seen)
+            self.terms.add(step + 1, seen)
         self.distiller.after_update(self.clock(step + 1))
         if self.ema is not None:
             self.ema.update(self.distiller.product, step=step + 1)

@@ -2,7 +2,7 @@
 
 In every step the student looks at the whole image; its class token's attention in the last block ranks the patches; the teacher computes
 on the K highest ranked only, and the student learns from what the teacher says about them. Half the patches cost the teacher about half
-its multiply-adds, and the student does not lose accuracy.
+its multiply-adds; the paper's claim is that the student loses no accuracy by it.
 
 Masked: the teacher's input tokens, by the student. Removed, not zeroed; a different choice for every image and step.
 Source: Son et al., "The Role of Masking for Efficient Supervised Knowledge Distillation of Vision Transformers", ECCV 2024,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.randomness import seeded
 from stillhouse.training.evaluation import accuracy
 
-LOG = logging.getLogger("stillhouse")
 SAMPLE, STEP_BATCH = 256, 4
 
 
@@ -56,8 +54,6 @@ def check_distiller(distiller: Distiller, data: Data, transform: Any, allow_weak
         if distiller.teacher is not None:
             findings += [_frozen(distiller), _normalisation(distiller), _teacher_accuracy(distiller, data, transform, allow_weak_teacher)]
         findings.append(_one_step(distiller, (images, labels)))
-    for finding in findings:
-        LOG.info("%s: %s", finding.what, finding.seen)
     return findings
 
 

@@ -1,0 +1,80 @@
+"""Makes docs/methods/: a page a method out of its module's docstring, its class's docstring and its signature, and the table of all.
+
+python docs/make_methods.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import docstring_parser
+
+from stillhouse import distillers
+from stillhouse.catalogue import Card, cards
+
+DOCS = Path(__file__).parent
+
+
+def pages() -> dict[str, str]:
+    """The text of each page by its file name in docs/methods/."""
+    every = cards()
+    return {"index.md": _index(every), **{f"{card.name}.md": _page(card) for card in every}}
+
+
+def _index(every: list[Card]) -> str:
+    rows = [f"| [`{card.name}`]({card.name}.md) | {card.family} | {_cell(card.sentence)} |" for card in every]
+    return "\n".join(["# Methods", "", "| method | family | what it does |", "|---|---|---|", *rows]) + "\n"
+
+
+def _page(card: Card) -> str:
+    kind = distillers.find(card.name)
+    about = docstring_parser.parse(inspect.getdoc(kind) or "")
+    texts = {each.arg_name: each.description or "" for each in about.params}
+    signature = inspect.signature(kind.__init__).parameters
+    networks = [f"- `{name}`: {_line(texts[name])}" for name in ("student", "teacher") if name in signature]
+    own = distillers.settings(card.name)
+    rows = [f"| `{_flag(name)}` | `{each.default!r}` | {_cell(texts[name])} |" for name, each in own.items()]
+    table = ["In Python by keyword, with underscores.", "", "| flag | default | meaning |", "|---|---|---|", *rows] if rows else ["None."]
+    parts = [
+        f"# {card.sentence.partition(':')[0]}",
+        f"`{card.name}`, in Python `stillhouse.distillers.{kind.__name__}`; family {card.family}.",
+        re.sub(r"(?<!\n)\n(?=(?:Source|Sure|Our reading)\b)", "\n\n", card.text),
+        "## What is minimised",
+        f"    {(about.short_description or '').rstrip('.')}",
+        "\n".join(networks),
+        "## Settings",
+        "\n".join(table),
+        "## Evidence",
+        _evidence(card.name),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _evidence(name: str) -> str:
+    if find_spec(f"stillhouse.evidence.{name}") is None:
+        return "None of its own."
+    command = f"`stillhouse reproduce {name}` runs it."
+    there = (DOCS / "evidence" / f"{name}.md").exists()
+    return f"{command} The last table: [evidence](../evidence/{name}.md)." if there else f"{command} No table is kept here yet."
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _line(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    for old in (DOCS / "methods").glob("*.md"):
+        old.unlink()
+    for name, text in pages().items():
+        (DOCS / "methods" / name).write_text(text, encoding="utf-8")
