@@ -22,7 +22,7 @@ FLAGS = """
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "_show_log", lambda: None)
+    monkeypatch.setattr(cli, "_show_log", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -81,8 +81,8 @@ def test_only_what_is_given_is_passed_on() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["distill", "--temprature", "2"], r"did you mean 'temperature'\?"),
-        (["distill", "--warmup-epoch", "2"], r"did you mean 'warmup-epochs'\?"),
+        (["distill", "--temprature", "2"], r"did you mean '--temperature'\?"),
+        (["distill", "--warmup-epoch", "2"], r"did you mean '--warmup-epochs'\?"),
         (["distill", "--method", "kd", "--keep", "0.5"], "keep"),
         (["distill", "--method", "masked-k"], r"did you mean 'masked_kd'\?"),
         (["distill", "--epochs", "many"], "epochs"),

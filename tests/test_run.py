@@ -100,7 +100,7 @@ with torch.no_grad():
 
 
 def test_settings_are_a_config_that_gives_the_same_student(run: sh.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_show_log", lambda: None)
+    monkeypatch.setattr(cli, "_show_log", lambda *_: None)
     assert cli.main(["distill", "--config", str(run.folder / "settings.yaml"), "--out", str(tmp_path / "again")]) == 0
     for name in ("student/model.safetensors", "train.csv", "val.csv", "settings.yaml", "baseline/student/model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (run.folder / name).read_bytes(), name
