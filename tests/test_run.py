@@ -236,7 +236,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     jobs = [(str(tmp_path / "two" / name), method, common | job) for name, (method, job) in JOBS.items()]
     (tmp_path / "work.py").write_text(WORK)
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    there = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    there = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([*launch, str(tmp_path / "work.py"), json.dumps(jobs)], stderr=subprocess.PIPE, text=True, env=there)
     for name, (method, job) in JOBS.items():
         sh.distill(method, out=str(tmp_path / "one" / name), **common | job)

@@ -116,9 +116,10 @@ def evaluate(
     from stillhouse.run_folder import read_settings
     from stillhouse.session import input_of
     from stillhouse.training.evaluation import evaluate as measure
+    from stillhouse.training.loop import on_cpu
 
     opened = open_data(data or read_settings(Path(run) / "settings.yaml")["data"], bad_data=bad_data)
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=on_cpu())
     student = open_model(str(run), classes=len(opened.classes), channels=opened.channels).to(accelerator.device)
     batches = eval_batches(opened.val, eval_transform(input_of(student, opened), opened), batch=batch)
     return measure(student, batches, accelerator, len(opened.classes))

@@ -39,7 +39,7 @@ from stillhouse.results import results
 from stillhouse.run import SETTINGS_OF_A_RUN
 from stillhouse.run_folder import FREE, read_facts, read_settings, write_facts, write_settings, writing
 from stillhouse.training.checkpoint import checkpoints, load_checkpoint
-from stillhouse.training.loop import Loop
+from stillhouse.training.loop import Loop, on_cpu
 from stillhouse.training.recipe import NAMES, Recipe
 
 LOG = logging.getLogger("stillhouse")
@@ -78,6 +78,8 @@ class Session:
         named = self.job["teacher"]
         if needs and named is None:
             raise UserError(f"method {self.method} needs a teacher: name it with --teacher, or train without one with --method scratch")
+        if not needs and named is not None:
+            raise UserError(f"method {self.method} has no teacher, but --teacher {_plain(named) or 'a module'} was given; leave it out")
         if not needs:
             return None
         job = self.job
@@ -118,6 +120,7 @@ class Session:
     def loop(self, stage: Stage, first: bool) -> Loop:
         """The loop of a stage, where it was stopped if this is a resume. Before the first one all is checked, and nothing written."""
         if first:
+            stage.distiller.to(PartialState(cpu=on_cpu()).device)
             weak = self.job["allow_weak_teacher"]
             for finding in check_distiller(stage.distiller, self.data, self.transforms[1], allow_weak_teacher=weak):
                 LOG.info("%s: %s", finding.what, finding.seen)

@@ -147,3 +147,13 @@ def test_a_table_forgets_what_lies_behind_its_step(tmp_path: Path) -> None:
     assert float(read_table(tmp_path / "t.csv")[0]["loss"]) == 1 / 3
     Table(tmp_path / "t.csv", 0)
     assert read_table(tmp_path / "t.csv") == []
+
+
+def test_a_late_column_leaves_earlier_rows_empty_there(tmp_path: Path) -> None:
+    table = Table(tmp_path / "t.csv")
+    table.add({"step": 1, "ce": 0.5})
+    table.add({"step": 2, "ce": 0.25, "critic": 3.0})
+    table.add({"step": 3, "ce": 0.125})
+    assert (tmp_path / "t.csv").read_text().split() == ["step,ce,critic", "1,0.5,", "2,0.25,3.0", "3,0.125,"]
+    Table(tmp_path / "t.csv", 2).add({"step": 3, "ce": 1.0, "critic": 2.0})
+    assert (tmp_path / "t.csv").read_text().split()[-1] == "3,1.0,2.0"

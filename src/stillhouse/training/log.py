@@ -15,7 +15,9 @@ from stillhouse.run_folder import writing
 
 
 class Table:
-    """A CSV file that rows are added to. Columns are those of the first row; a resume first drops what lies behind its step.
+    """A CSV file that rows are added to; a resume first drops what lies behind its step.
+
+    A column may appear late (a term that begins later in the training): earlier rows are then empty there.
 
     Args:
         path: the file.
@@ -28,6 +30,7 @@ class Table:
 
     def __init__(self, path: Path, last_step: int = 0, writable: bool = True) -> None:
         self.path = path
+        self.columns: list[str] = []
         if not writable:
             return
         rows = [row for row in read_table(path) if int(row["step"]) <= last_step]
@@ -38,12 +41,19 @@ class Table:
 
     def add(self, row: Mapping[str, float | str]) -> None:
         """Appends a row; full precision, so that equal runs give equal files."""
-        new = not self.path.exists()
-        with writing(self.path), self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        late = [name for name in row if name not in self.columns]
+        rows = [*read_table(self.path), row] if late else [row]
+        self.columns += late
+        target = self.path.with_name(f".{self.path.name}") if late and len(rows) > 1 else self.path
+        with writing(self.path):
+            if target != self.path:
+                target.unlink(missing_ok=True)
+            with target.open("a", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=self.columns, restval="")
+                if late:
+                    writer.writeheader()
+                writer.writerows(rows)
+            target.replace(self.path)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

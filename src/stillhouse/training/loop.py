@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, parse_flag_from_env
 from safetensors.torch import save_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -318,11 +318,20 @@ def accelerator_for(recipe: Recipe, folder: Path, turns: int = 1) -> Accelerator
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision fp16 needs a CUDA device; use bf16 or fp32 here")
     return Accelerator(
+        cpu=on_cpu(),
         mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
         log_with=trackers_of(recipe) or None,
         project_dir=folder / "curves",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=turns > 1)],
     )
+
+
+def on_cpu() -> bool:
+    """Whether to compute on CPUs: there is nothing better, or Accelerate's own switch says so.
+
+    Accelerate counts several processes without a GPU as one each unless it is told; they would all write the same folder.
+    """
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def trackers_of(recipe: Recipe) -> list[str]:
