@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from stillhouse.data.transforms import eval_transform, train_transform
 from stillhouse.distillers.base import Distiller, Stage
 from stillhouse.distillers.classics.scratch import Scratch
 from stillhouse.models.weights import weights_hash
-from stillhouse.session import input_of
+from stillhouse.session import OWN, input_of
 from stillhouse.training.log import read_table
 from tests.runs import DATA, RECIPE, STUDENT, assert_equal, data, distil, distiller, interrupt, loop, network, teacher, weights
 
@@ -272,3 +273,8 @@ def test_validation_is_of_every_image_once(tmp_path: Path) -> None:
     assert metrics["agreement"] == pytest.approx((student.argmax(1) == its_teacher.argmax(1)).double().mean().item())
     assert metrics["teacher_top1"] == pytest.approx((its_teacher.argmax(1) == labels).double().mean().item())
     assert metrics["val_kd"] == pytest.approx(terms["kd"].item(), rel=1e-5)
+
+
+def test_the_session_knows_distills_own_settings() -> None:
+    named = [name for name, each in inspect.signature(sh.distill).parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    assert set(OWN) == set(named) - {"out", "resume", "overwrite"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ TEACHER_RECIPE: dict[str, Any] = RECIPE | {"epochs": 50, "lr": 1.5e-3, "warmup_e
 STUDENT_RECIPE: dict[str, Any] = RECIPE | {"epochs": 150, "lr": 3e-3, "warmup_epochs": 15, "eval_every": 10}
 
 
-def embedded_job(method: str | type[Distiller], given: dict[str, Any], beside: Path) -> dict[str, Any]:
+def embedded_job(method: str | type[Distiller], given: dict[str, Any], beside: Path, train: Callable[..., Any]) -> dict[str, Any]:
     """The settings of the job, where the user names no others: a student on 300 digits, its teacher on a thousand.
 
     The teacher is trained once, into the folder `digits-teacher` beside the run, and used again by later runs.
@@ -25,6 +26,7 @@ def embedded_job(method: str | type[Distiller], given: dict[str, Any], beside: P
     Args:
         given: what the user named.
         beside: the folder of runs.
+        train: `stillhouse.distill`, for the teacher.
 
     Raises:
         UserError: if a setting cannot work, before the teacher is trained.
@@ -34,25 +36,24 @@ def embedded_job(method: str | type[Distiller], given: dict[str, Any], beside: P
         return job | given
     _refuse_what_cannot_work(method, given)
     smoke = bool(given.get("smoke"))
-    return job | {"teacher": str(teacher_on_digits(beside, smoke)), "baseline": True, "allow_weak_teacher": smoke} | given
+    return job | {"teacher": str(teacher_on_digits(beside, train, smoke)), "baseline": True, "allow_weak_teacher": smoke} | given
 
 
-def teacher_on_digits(beside: Path, smoke: bool = False) -> Path:
+def teacher_on_digits(beside: Path, train: Callable[..., Any], smoke: bool = False) -> Path:
     """The folder of the embedded teacher, trained first if it is not there or not finished."""
-    from stillhouse.run import distill
-
     folder = beside / ("digits-teacher-smoke" if smoke else "digits-teacher")
     if (folder / "settings.yaml").is_file():
-        return distill(out=str(folder), resume=True).folder
-    return distill("scratch", student=TEACHER, data=DATA, out=str(folder), smoke=smoke, **TEACHER_RECIPE).folder
+        train(out=str(folder), resume=True)
+    else:
+        train("scratch", student=TEACHER, data=DATA, out=str(folder), smoke=smoke, **TEACHER_RECIPE)
+    return folder
 
 
 def _refuse_what_cannot_work(method: str | type[Distiller], given: dict[str, Any]) -> None:
     from stillhouse import distillers
     from stillhouse.models.opening import open_model
-    from stillhouse.run import SETTINGS_OF_A_RUN
     from stillhouse.session import split_settings
 
-    _, _, settings = split_settings(method, {name: value for name, value in given.items() if name not in SETTINGS_OF_A_RUN})
+    _, _, settings = split_settings(method, given)
     student, teacher = (open_model(spec, classes=10, channels=1) for spec in (STUDENT, TEACHER))
     next(distillers.find(method).stages(student, teacher, 1, **settings))

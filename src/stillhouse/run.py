@@ -104,7 +104,7 @@ def distill(
     elif teacher is None and student is None and data is None:
         from stillhouse.embedded import embedded_job
 
-        job = asked | embedded_job(method, given, folder.parent)
+        job = asked | embedded_job(method, given, folder.parent, train=distill)
     else:
         job = asked | settings
     from stillhouse.session import Session
@@ -121,5 +121,3 @@ def _text(value: Any) -> Any:
 
 
 _DEFAULTS: dict[str, Any] = {"method": None, **(distill.__kwdefaults__ or {})}
-SETTINGS_OF_A_RUN = tuple(name for name in _DEFAULTS if name not in ("out", "resume", "overwrite"))
-"""The settings that are `distill`'s own, not the loop's, the augmentation's or the method's."""

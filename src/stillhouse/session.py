@@ -36,7 +36,6 @@ from stillhouse.models.weights import weights_hash
 from stillhouse.randomness import seeded
 from stillhouse.report import write_report
 from stillhouse.results import results
-from stillhouse.run import SETTINGS_OF_A_RUN
 from stillhouse.run_folder import FREE, read_facts, read_settings, write_facts, write_settings, writing
 from stillhouse.training.checkpoint import checkpoints, load_checkpoint
 from stillhouse.training.loop import Loop, on_cpu
@@ -44,6 +43,11 @@ from stillhouse.training.recipe import NAMES, Recipe
 
 LOG = logging.getLogger("stillhouse")
 AUGMENTATION = frozenset(inspect.signature(train_transform).parameters) - {"preprocessing", "data"}
+OWN = (
+    *("method", "teacher", "student", "data", "teacher_weights", "student_weights"),
+    *("allow_partial", "allow_weak_teacher", "baseline", "bad_data"),
+)
+"""The settings that are `stillhouse.distill`'s own, not the loop's, the augmentation's or the method's."""
 
 
 class Session:
@@ -62,9 +66,7 @@ class Session:
     def __init__(self, folder: Path, job: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
         self.folder, self.resume, self.overwrite, self.started = folder, resume, overwrite, time.time()
         self.method, self.distiller = distillers.name_of(job["method"]), distillers.find(job["method"])
-        self.recipe, self.augmentation, self.settings = split_settings(
-            job["method"], {k: v for k, v in job.items() if k not in SETTINGS_OF_A_RUN}
-        )
+        self.recipe, self.augmentation, self.settings = split_settings(job["method"], job)
         self.job = job
         self.data = open_data(_needed(job, "data"), seed=self.recipe.seed, bad_data=job["bad_data"])
         self.teacher = self.open_teacher()
@@ -150,7 +152,7 @@ class Session:
                 if self.overwrite and self.folder.exists():
                     shutil.rmtree(self.folder)
                 self.folder.mkdir(parents=True, exist_ok=True)
-            write_settings(self.folder, {name: _plain(self.job[name]) for name in SETTINGS_OF_A_RUN} | settings)
+            write_settings(self.folder, {name: _plain(self.job[name]) for name in OWN} | settings)
             write_facts(self.folder, facts)
         self.facts = facts
         state.wait_for_everyone()
@@ -217,6 +219,7 @@ def split_settings(method: str | type[Distiller], settings: dict[str, Any]) -> t
         UserError: for a name none of them knows, with the nearest one.
     """
     own = distillers.settings(method)
+    settings = {name: value for name, value in settings.items() if name not in OWN}
     for name in settings:
         if name not in NAMES | AUGMENTATION | set(own):
             known = [*own, *NAMES, *AUGMENTATION]

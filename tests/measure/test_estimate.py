@@ -12,9 +12,10 @@ from rich.console import Console
 from torch import nn
 
 from stillhouse.errors import UserError
-from stillhouse.measure.estimate import estimate, print_estimate
+from stillhouse.measure.estimate import estimate
 from stillhouse.measure.flops import vit_macs
 from stillhouse.measure.timing import Ratio
+from stillhouse.report.terminal import print_estimate
 
 SETTING = {"image_size": 16, "channels": 1, "classes": 3, "batch": 4}
 

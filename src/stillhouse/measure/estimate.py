@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 from stillhouse.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from stillhouse.distillers.base import Distiller
-    from stillhouse.measure.timing import Ratio
 
 PLAIN, FULL, MASKED = "plain training", "full KD", "MaskedKD"
 
@@ -80,36 +78,6 @@ def estimate(
         if row["name"] in steps:
             row |= _times(row, seconds, full_macs=rows[1]["teacher_macs"]) | _memory(distillers[row["name"]], optimizer, steps[row["name"]])
     return rows
-
-
-def print_estimate(rows: list[dict[str, Any]], console: Console | None = None) -> None:
-    """The rows of `estimate` as a table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    from stillhouse.report.numbers import si
-
-    console = console or Console()
-    table = Table(title="What a training step costs here", box=SIMPLE_HEAD, pad_edge=False, padding=0)
-    for column in ("", "teacher\nMACs", "step\nms", "x plain", "x full KD", "bound\nms", "x bound", "memory"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for row in rows:
-        if row["refused"]:
-            continue
-        method = f"{row['method']} {row['kept']}/{row['patches']}" if row["kept"] else row["method"]
-        times = [f"{1000 * row['step_s'].median:.0f}", _with_spread(row["of_plain"]), _with_spread(row["of_full"])]
-        bound = [f"{1000 * row['bound_s']:.0f}", _with_spread(row["of_bound"])]
-        table.add_row(method, si(row["teacher_macs"]), *times, *bound, f"{si(row['memory_bytes'])}B")
-    console.print(table)
-    console.print(
-        "MaskedKD K/N: the teacher sees K of N patches. MACs: multiply-adds an image. Medians ± half the distance between quartiles. "
-        "Bound: plain step + kept share of the teacher's forward pass. Memory: weights, optimiser state and one step's peak beyond them "
-        f"({rows[0]['memory_of']})."
-    )
-    for row in rows:
-        if row["refused"]:
-            console.print(f"{row['method']} cannot be used here: {row['refused']}", markup=False)
 
 
 def _check(image_size: int, channels: int, classes: int, batch: int, precision: str) -> None:
@@ -222,7 +190,3 @@ def _memory(distiller: Distiller, optimizer: Optimizer, step: Callable[[], None]
     held = sum(tensor.nbytes for tensor in (*distiller.parameters(), *distiller.buffers(), *state))
     peak = peak_memory(step)
     return {"memory_bytes": held + peak.bytes, "memory_of": peak.of}
-
-
-def _with_spread(measured: Ratio) -> str:
-    return f"{measured.median:.2f}±{(measured.high - measured.low) / 2:.2f}"

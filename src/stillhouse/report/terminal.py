@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from stillhouse.measure.timing import Ratio
 
 
 def show(command: str, result: Any) -> None:
@@ -12,7 +17,7 @@ def show(command: str, result: Any) -> None:
         "distill": _run,
         "methods": _methods,
         "check": _findings,
-        "estimate": _estimate,
+        "estimate": print_estimate,
         "evaluate": _metrics,
         "compare": _compare,
         "reproduce": lambda path: print(path.read_text()),
@@ -74,10 +79,38 @@ def _metrics(metrics: dict[str, float]) -> None:
         print(f"{name:>12}  {value:.4f}")
 
 
-def _estimate(rows: Any) -> None:
-    from stillhouse.measure.estimate import print_estimate
+def print_estimate(rows: list[dict[str, Any]], console: Console | None = None) -> None:
+    """The rows of `estimate` as a table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
 
-    print_estimate(rows)
+    from stillhouse.report.numbers import si
+
+    console = console or Console()
+    table = Table(title="What a training step costs here", box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    for column in ("", "teacher\nMACs", "step\nms", "x plain", "x full KD", "bound\nms", "x bound", "memory"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        if row["refused"]:
+            continue
+        method = f"{row['method']} {row['kept']}/{row['patches']}" if row["kept"] else row["method"]
+        times = [f"{1000 * row['step_s'].median:.0f}", _with_spread(row["of_plain"]), _with_spread(row["of_full"])]
+        bound = [f"{1000 * row['bound_s']:.0f}", _with_spread(row["of_bound"])]
+        table.add_row(method, si(row["teacher_macs"]), *times, *bound, f"{si(row['memory_bytes'])}B")
+    console.print(table)
+    console.print(
+        "MaskedKD K/N: the teacher sees K of N patches. MACs: multiply-adds an image. Medians ± half the distance between quartiles. "
+        "Bound: plain step + kept share of the teacher's forward pass. Memory: weights, optimiser state and one step's peak beyond them "
+        f"({rows[0]['memory_of']})."
+    )
+    for row in rows:
+        if row["refused"]:
+            console.print(f"{row['method']} cannot be used here: {row['refused']}", markup=False)
+
+
+def _with_spread(measured: Ratio) -> str:
+    return f"{measured.median:.2f}±{(measured.high - measured.low) / 2:.2f}"
 
 
 def _compare(rows: Any) -> None:
