@@ -60,7 +60,7 @@ def frozen_state(distiller: Distiller) -> dict[str, Tensor]:
 
 
 def test_all_are_found() -> None:
-    assert {"scratch", "kd", "hard_kd", "dkd", "fitnet", "attention_transfer", "masked_kd"} <= set(METHODS)
+    assert {"scratch", "kd", "hard_kd", "fitnet", "attention_transfer", "masked_kd"} <= set(METHODS)
 
 
 @EVERY
