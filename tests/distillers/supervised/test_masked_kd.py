@@ -233,6 +233,14 @@ def test_look() -> None:
     assert torch.equal(drawn["shown"].flatten(1).nonzero()[:, 1].view(4, 5), rows.topk(5, dim=1).indices.sort(1).values)
 
 
+def test_look_draws_who_looked() -> None:
+    """The student's own saliency also where the lowest are shown; the teacher's under its name; a random choice looks nowhere."""
+    drawn = {by: MaskedKD(student(), teacher(), keep=5, by=by).look(BATCH) for by in ("student", "lowest", "teacher", "random")}
+    assert [set(maps) - {"shown"} for maps in drawn.values()] == [{"saliency"}, {"saliency"}, {"teacher looks"}, set()]
+    torch.testing.assert_close(drawn["lowest"]["saliency"], drawn["student"]["saliency"])
+    assert not (drawn["lowest"]["shown"] * drawn["student"]["shown"]).any()
+
+
 @pytest.mark.parametrize("make_student", [student, lambda: tiny_cnn(1).train()], ids=["transformer", "convolutional"])
 def test_looking_changes_nothing(make_student: Any) -> None:
     distiller = MaskedKD(make_student(), teacher(), keep=5).eval()
@@ -251,7 +259,7 @@ def test_the_state_is_the_student_and_the_schedule() -> None:
 BAD = [
     *({"keep": keep} for keep in (0, 0.0, 1.5, -1, -0.5, 17, True, "abc", "0.5:1", float("nan"), float("inf"), None, "0:1.0,0.5:0", 0.01)),
     *({"temperature": temperature} for temperature in (0, -1.0, float("inf"), float("nan"))),
-    *({"alpha": alpha} for alpha in (2, -0.1, float("nan"))),
+    *({"alpha": alpha} for alpha in (2, -0.1, float("nan"), True, "half", None)),
     *({"targets": targets} for targets in ("Soft", "", None)),
     *({"by": by} for by in ("attention", "", None)),
     *({"hint": hint} for hint in (-1.0, float("inf"), float("nan"))),

@@ -49,11 +49,14 @@ class KD(Distiller):
 
 
 def check_weighting(alpha: float, temperature: float = 1.0) -> None:
-    """Refuses a weight outside [0, 1] and a temperature that is not positive and finite.
+    """Refuses a weight outside [0, 1], a temperature that is not positive and finite, and what is no number.
 
     Raises:
         UserError: naming the value and what was expected.
     """
+    for name, value in (("alpha", alpha), ("temperature", temperature)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{name} is {value!r}, expected a number, such as 0.5")
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha is {alpha}, expected the teacher's share of the loss in [0, 1], such as 0.5")
     if not 0 < temperature < float("inf"):

@@ -149,14 +149,19 @@ class MaskedKD(Distiller):
 
     @torch.no_grad()
     def look(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Maps [B, rows, columns]: `saliency`, the scores scaled to [0, 1] within an image; `shown`, 1 where the teacher saw the patch."""
+        """Maps [B, rows, columns]: `shown`, 1 where the teacher saw the patch; `saliency`, where the student looks, or `teacher looks`.
+
+        The latter two are scaled to [0, 1] within an image; a random choice has neither.
+        """
         images = batch[0]
         self.student(images)
         scores = self.scores(images)
-        shown = as_mask(highest(scores, self.kept), self.patches)
-        low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
-        scaled = (scores - low) / (high - low).clamp_min(1e-12)
-        return {"saliency": scaled.unflatten(1, self.teacher.grid), "shown": shown.unflatten(1, self.teacher.grid)}
+        maps = {"shown": as_mask(highest(scores, self.kept), self.patches)}
+        if self.by != "random":
+            looks = -scores if self.by == "lowest" else scores
+            low, high = looks.amin(1, keepdim=True), looks.amax(1, keepdim=True)
+            maps["teacher looks" if self.by == "teacher" else "saliency"] = (looks - low) / (high - low).clamp_min(1e-12)
+        return {name: drawn.unflatten(1, self.teacher.grid) for name, drawn in maps.items()}
 
 
 def _check_choices(targets: str, by: str, hint: float, attention: float) -> None:
