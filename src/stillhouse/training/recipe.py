@@ -22,7 +22,7 @@ class Recipe:
         optimizer: a name timm knows: adamw, sgd, lamb, lion, muon, …
         lr: learning rate at its peak.
         min_lr: learning rate at the end of the cosine.
-        warmup_epochs: epochs of linear warm-up.
+        warmup_epochs: epochs of linear warm-up, at most a fifth of the run; none if they would last as long as the run.
         weight_decay: decoupled decay; biases, norms and what the model excludes have none.
         layer_decay: factor on the learning rate from each layer to the one below; none by default.
         clip: largest norm of the gradient; none by default.
