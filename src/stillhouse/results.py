@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from stillhouse.data import Data
 from stillhouse.data.loading import eval_batches
+from stillhouse.distillers import name_of
 from stillhouse.distillers.base import Distiller
 from stillhouse.measure.estimate import estimate
 from stillhouse.measure.flops import macs
+from stillhouse.models.tokens import OnSomeTokens
 from stillhouse.run_folder import read_facts
 from stillhouse.training.evaluation import accuracy
 from stillhouse.training.log import read_table
@@ -36,11 +38,11 @@ def results(
 
     Step times are of the runs themselves (loading included); what masking saved is measured side by side afterwards.
     """
-    images, _ = _first_images(data, transform)
-    shape = tuple(images.shape[1:])
-    models = {"student": {"name": _name(student), "params": _params(student), "macs": macs(student, shape)}}
+    _, images, _ = next(iter(eval_batches(data.val, transform, batch=32)))
+    channels, height, width = images.shape[1:]
+    models = {"student": {"name": _name(student), "params": _params(student), "macs": macs(student, (channels, height, width))}}
     method_row = {
-        "row": f"student ({folder_method(distiller)})",
+        "row": f"student ({name_of(type(distiller))})",
         "top1": metrics["top1"],
         "step_ms": _step_ms(folder, recipe),
         **_cost(models["student"]),
@@ -49,7 +51,7 @@ def results(
     facts: dict[str, Any] = {"keep": None, "savings": None}
     if distiller.teacher is not None:
         whole = nn.Sequential(distiller.refeed, distiller.teacher)
-        network = getattr(distiller.teacher, "model", distiller.teacher)
+        network = distiller.teacher.model if isinstance(distiller.teacher, OnSomeTokens) else distiller.teacher
         fed = tuple(distiller.refeed(images[:1].to(accelerator.device)).shape[1:])
         kept = getattr(distiller, "kept", None)
         models["teacher"] = {"name": _name(network), "params": _params(network), "macs": macs(network, fed)}
@@ -58,7 +60,7 @@ def results(
         rows.insert(0, {"row": "teacher", "top1": top1, "step_ms": None, **_cost(models["teacher"])})
         if kept:
             facts["keep"] = {"kept": kept, "patches": distiller.patches}
-            facts["savings"] = _savings(distiller, network, student, images, kept, models["teacher"], accelerator)
+            facts["savings"] = _savings(network, student, images, len(data.classes), kept, models, accelerator)
     if (folder / "baseline" / "run.json").exists():
         baseline = read_facts(folder / "baseline")["metrics"]
         rows.append(
@@ -72,34 +74,23 @@ def results(
     return facts | {"models": models, "result": rows}
 
 
-def folder_method(distiller: Distiller) -> str:
-    """The method's name: its module's."""
-    return type(distiller).__module__.rpartition(".")[2]
-
-
 def _savings(
-    distiller: Distiller, teacher: nn.Module, student: nn.Module, images: Any, kept: int, model: dict[str, Any], accelerator: Accelerator
+    teacher: nn.Module, student: nn.Module, images: Tensor, classes: int, kept: int, models: dict[str, Any], accelerator: Accelerator
 ) -> dict[str, Any]:
     """Multiply-adds and step times with the whole and with the masked teacher, measured in turn in this process."""
-    per_image = model["macs"] + 3 * macs(student, tuple(images.shape[1:]))
+    per_image = models["teacher"]["macs"] + 3 * models["student"]["macs"]
     batch = len(images) if accelerator.device.type == "cuda" else max(1, min(len(images), int(TIMED_MACS / per_image)))
-    classes = next(reversed([m.out_features for m in student.modules() if isinstance(m, nn.Linear)]), 0)
     rows = estimate(
         teacher, student, image_size=images.shape[-1], channels=images.shape[1], classes=classes, batch=batch, keeps=(kept,), rounds=7
     )
     full, masked = (next(row for row in rows if row["method"] == name) for name in ("full KD", "MaskedKD"))
     return {
-        "teacher_macs_full": model["macs"],
-        "teacher_macs_kept": model["macs_kept"],
+        "teacher_macs_full": models["teacher"]["macs"],
+        "teacher_macs_kept": models["teacher"]["macs_kept"],
         "step_ms_full": 1000 * full["step_s"][0] if full["step_s"] else None,
         "step_ms_kept": 1000 * masked["step_s"][0] if masked["step_s"] else None,
         "batch": batch,
     }
-
-
-def _first_images(data: Data, transform: Any) -> Any:
-    _, images, labels = next(iter(eval_batches(data.val, transform, batch=32)))
-    return images, labels
 
 
 def _step_ms(folder: Path, recipe: Recipe) -> float | None:
