@@ -45,7 +45,6 @@ def test_normalise_is_its_formula_on_batches_and_on_one() -> None:
     data, wants = tensors(), Wants()
     transform = eval_transform(wants, data)
     assert isinstance(transform, Normalise)
-    assert transform.batched
     images = data.val.images
     expected = (images.double() / 255 - torch.tensor(wants.mean).view(3, 1, 1)) / torch.tensor(wants.std).view(3, 1, 1)
     assert torch.allclose(transform(images).double(), expected, atol=1e-6)

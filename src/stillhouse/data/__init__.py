@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,14 +18,26 @@ from stillhouse.errors import UserError, nearest
 
 BadData = Literal["refuse", "skip"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-FORMS = {"digits": "digits", "fashion-mnist": "fashion-mnist", "imagefolder": "imagefolder:DIR", "hf": "hf:DIR_OR_NAME"}
+TaskName = Literal["classify", "detect", "segment"]
+IGNORED = 255
+"""The value of a mask's pixels that nobody is judged by."""
+FORMS = {
+    **{"digits": "digits", "fashion-mnist": "fashion-mnist", "imagefolder": "imagefolder:DIR", "hf": "hf:DIR_OR_NAME"},
+    **{"scenes": "scenes", "coco": "coco:DIR", "voc": "voc:DIR", "masks": "masks:DIR", "cityscapes": "cityscapes:DIR"},
+    **{"deepforest": "deepforest", "histolytics": "histolytics"},
+}
 
 
 @dataclass(frozen=True)
 class Data:
     """A training and a validation set of raw images: what `open_data` returns, and what users build from torch datasets of their own.
 
-    `dataset[i]` is `(image, label)`: a PIL image or a uint8 tensor [C, H, W], before any transform, and a class number in [0, K).
+    `dataset[i]` is `(image, target)`: a PIL image or a uint8 tensor [C, H, W], before any transform, and what is to be said of it:
+
+    - `classify`: a class number in [0, K);
+    - `detect`: {"boxes": float [n, 4] as x1, y1, x2, y2 in pixels, "labels": long [n] in 1..K, 0 being torchvision's background}, and if
+      some are crowds that count neither way "iscrowd": bool [n]; n may be 0;
+    - `segment`: a mask of class numbers in [0, K), uint8 [H, W], 255 where nobody is judged.
 
     Example:
         >>> from torchvision.datasets import CIFAR10
@@ -31,13 +45,15 @@ class Data:
         >>> data = Data("cifar10", train=cifar[0], val=cifar[1], classes=cifar[0].classes, size=32)
 
     Attributes:
+        classes: their names; in detection without the background.
+        task: what a student is to say of an image.
         size: the images' side in pixels, None if it varies.
         mean, std: of the channels, for pixels in [0, 1]. By default ImageNet's for three channels, one half for any other number.
         skipped: the bad files that were left out, each with what is wrong with it.
         fingerprint: sha256 of file names and sizes, or of the arrays; of what is known without reading the images for a user's own sets.
 
     Raises:
-        UserError: if a set is empty or a first sample is not what is said above, or there are fewer than two classes.
+        UserError: if a set is empty or a first sample is not what is said above, or there are too few classes.
     """
 
     name: str
@@ -50,6 +66,7 @@ class Data:
     std: tuple[float, ...] = ()
     skipped: list[str] = field(default_factory=list)
     fingerprint: str = ""
+    task: TaskName = "classify"
 
     def __post_init__(self) -> None:
         known = (IMAGENET_MEAN, IMAGENET_STD) if self.channels == 3 else ((0.5,) * self.channels,) * 2
@@ -57,8 +74,9 @@ class Data:
         defaults = {"mean": known[0], "std": known[1], "fingerprint": hashlib.sha256(facts.encode()).hexdigest()}
         for name, value in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or value)
-        if len(self.classes) < 2:
-            raise UserError(f"data '{self.name}' has the classes {self.classes}, expected at least two")
+        if len(self.classes) < (1 if self.task == "detect" else 2):
+            least = "one" if self.task == "detect" else "two"
+            raise UserError(f"data '{self.name}' has the classes {self.classes}, expected at least {least}")
         for part in ("train", "val"):
             self._look_at_first(part)
 
@@ -79,8 +97,39 @@ class Data:
                 f"the {part} set of '{self.name}' gives images as {kind}, expected PIL images or uint8 tensors [C, H, W]; "
                 "leave its transforms out: images are resized, augmented and normalised afterwards"
             )
-        if not 0 <= int(label) < len(self.classes):
-            raise UserError(f"the {part} set of '{self.name}' has the label {label}, expected 0 to {len(self.classes) - 1}")
+        wrong = _WRONG[self.task](label, len(self.classes))
+        if wrong:
+            raise UserError(f"the {part} set of '{self.name}' has {wrong}")
+
+
+def _wrong_label(label: Any, classes: int) -> str:
+    try:
+        return "" if 0 <= int(label) < classes else f"the label {label}, expected 0 to {classes - 1}"
+    except (TypeError, ValueError):
+        return f"a {type(label).__name__} as label, expected a class number; for boxes say task='detect', for masks task='segment'"
+
+
+def _wrong_boxes(target: Any, classes: int) -> str:
+    if not isinstance(target, dict) or not {"boxes", "labels"} <= target.keys():
+        return f"a {type(target).__name__} as target, expected a dictionary with 'boxes' [n, 4] and 'labels' [n]"
+    boxes, labels = target["boxes"], target["labels"]
+    if boxes.ndim != 2 or boxes.shape[1:] != (4,) or labels.shape != boxes.shape[:1]:
+        return f"boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)}, expected [n, 4] and [n]"
+    if len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) <= classes:
+        return f"the labels {labels.tolist()}, expected 1 to {classes} (0 is the background)"
+    if not (boxes[:, 2:] > boxes[:, :2]).all():
+        return f"a box without area among {boxes.tolist()}, expected x1 < x2 and y1 < y2"
+    return ""
+
+
+def _wrong_mask(mask: Any, classes: int) -> str:
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype.is_floating_point:
+        return f"a {type(mask).__name__} as mask, expected class numbers, uint8 [H, W]"
+    unknown = sorted(set(mask.unique().tolist()) - set(range(classes)) - {IGNORED})
+    return f"the mask values {unknown}, expected 0 to {classes - 1}, or {IGNORED} where nobody is judged" if unknown else ""
+
+
+_WRONG = {"classify": _wrong_label, "detect": _wrong_boxes, "segment": _wrong_mask}
 
 
 def _length(dataset: Any) -> int:
@@ -92,35 +141,40 @@ def _length(dataset: Any) -> int:
         ) from None
 
 
-def open_data(spec: str | Data, *, seed: int = 0, bad_data: BadData = "refuse") -> Data:
+def open_data(spec: str | Data, *, seed: int = 0, bad_data: BadData = "refuse", task: TaskName | None = None) -> Data:
     """Open a data set by its spec; a `Data` passes through.
 
-    `digits`, `fashion-mnist`, `imagefolder:DIR` and `hf:DIR_OR_NAME`, each with options after a colon:
-    `digits:canvas=16,clutter=2,train=300`, `fashion-mnist:size=32,channels=3`, `imagefolder:DIR:val=0.1`, `hf:NAME:label=fine_label`
-    (see the modules of this package).
+    To classify: `digits`, `fashion-mnist`, `imagefolder:DIR`, `hf:DIR_OR_NAME`. To detect: `coco:DIR`, `voc:DIR`, `deepforest`. To segment:
+    `masks:DIR`, `cityscapes:DIR`, `histolytics`. To do either of the last two: `scenes`. Each takes options after a colon:
+    `digits:canvas=16,clutter=2,train=300`, `scenes:size=64,task=segment`, `imagefolder:DIR:val=0.1` (see the modules of this package).
 
     Args:
         seed: picks the subset that `train=N` leaves, and what generated sets draw. Never the split into train and val, nor the
             validation images: runs are compared on the same images, and a teacher trained with one seed has not seen another's val.
         bad_data: "refuse" stops at broken images and names them, "skip" leaves them out and names them in `Data.skipped`.
+        task: what a student is to do, where the data allow several or to be sure; by default what the data are for.
 
     Raises:
-        UserError: if there is no such data set or option, or nothing usable in it.
+        UserError: if there is no such data set or option, nothing usable in it, or it is for another task.
     """
-    from stillhouse.data import digits, fashion_mnist, hf, imagefolder
-
-    if isinstance(spec, Data):
-        return spec
     if bad_data not in ("refuse", "skip"):
         raise UserError(f"bad_data is '{bad_data}', expected 'refuse' or 'skip'")
+    if task is not None and task not in _WRONG:
+        raise UserError(f"there is no task '{task}'{nearest(task, _WRONG)}; expected {', '.join(_WRONG)}")
+    data = spec if isinstance(spec, Data) else _open(spec, seed, bad_data, task)
+    if task is not None and data.task != task:
+        raise UserError(f"the data '{data.name}' are to {data.task}, not to {task}: leave --task out or name other data")
+    return data
+
+
+def _open(spec: str, seed: int, bad_data: BadData, task: TaskName | None) -> Data:
     source, _, rest = spec.partition(":")
-    if source == "digits":
-        return digits.open_digits(rest, seed=seed)
-    if source == "fashion-mnist":
-        return fashion_mnist.open_fashion_mnist(rest, seed=seed)
-    if source == "imagefolder":
-        return imagefolder.open_imagefolder(rest, bad_data=bad_data)
-    if source == "hf":
-        return hf.open_hf(rest, bad_data=bad_data)
-    hint = f", did you mean 'imagefolder:{spec}'?" if Path(spec).is_dir() else nearest(source, FORMS)
-    raise UserError(f"unknown data set '{spec}'{hint or ':'} expected one of {', '.join(FORMS.values())}")
+    if source not in FORMS:
+        hint = f", did you mean 'imagefolder:{spec}'?" if Path(spec).is_dir() else nearest(source, FORMS)
+        raise UserError(f"unknown data set '{spec}'{hint or ':'} expected one of {', '.join(FORMS.values())}")
+    module = importlib.import_module(f"{__name__}.{source.replace('-', '_')}")
+    opener = getattr(module, f"open_{source.replace('-', '_')}")
+    offered = {"seed": seed, "bad_data": bad_data, "task": task}
+    wanted = inspect.signature(opener).parameters
+    data: Data = opener(rest, **{name: value for name, value in offered.items() if name in wanted})
+    return data

@@ -10,11 +10,13 @@ from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from stillhouse.data.transforms import Transform
+from stillhouse.data.dense_transforms import WithBoxes, WithMask
+from stillhouse.data.transforms import Normalise, Transform
 from stillhouse.errors import UserError
 from stillhouse.randomness import seed_from, seeded
 
-TrainBatch = tuple[int, Tensor, Tensor, Tensor]
+TrainBatch = tuple[int, Tensor, Any, Any]
+AnyTransform = Transform | WithBoxes | WithMask
 Place = tuple[int, int, Tensor]  # epoch, step in it, sample ids [b]
 
 
@@ -68,7 +70,7 @@ class TrainBatches:
     def __init__(
         self,
         dataset: Dataset[Any],
-        transform: Transform,
+        transform: AnyTransform,
         *,
         batch: int,
         seed: int,
@@ -100,7 +102,8 @@ class TrainBatches:
         """Batches `start`, start + 1, … of an epoch.
 
         Yields:
-            (step, ids long [b], images float [b, C, H, W], labels long [b] or soft float [b, K]).
+            (step, ids long [b], images float [b, C, H, W], labels long [b] or soft float [b, K]); to segment masks long [b, H, W] instead
+            of labels; to detect a list of images float [C, H, W] and a list of their boxes and labels.
 
         Raises:
             UserError: if an image cannot be read after all.
@@ -111,7 +114,7 @@ class TrainBatches:
 
 def train_batches(
     dataset: Dataset[Any],
-    transform: Transform,
+    transform: AnyTransform,
     *,
     batch: int,
     epoch: int,
@@ -129,9 +132,9 @@ def train_batches(
 
 
 def eval_batches(
-    dataset: Dataset[Any], transform: Transform, *, batch: int, workers: int = 0, shards: int = 1, shard: int = 0
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(ids long [b], images float [b, C, H, W], labels long [b]) of every sample once, in order; shard r of S takes samples r, r + S, …
+    dataset: Dataset[Any], transform: AnyTransform, *, batch: int, workers: int = 0, shards: int = 1, shard: int = 0
+) -> Iterator[tuple[Tensor, Any, Any]]:
+    """(ids long [b], images, targets as `TrainBatches` gives them) of every sample once, in order; shard r of S takes samples r, r + S, …
 
     `batch` is that of one process, the last one may be smaller, and processes may differ by one in how many they get: gather sums, not
     batches.
@@ -170,7 +173,7 @@ def _slots(batch: int, shards: int, shard: int, pairs: bool) -> Tensor:
 class _Batches(Dataset[TrainBatch | UserError]):
     """Whole batches by their place, so that workers need no state."""
 
-    def __init__(self, dataset: Dataset[Any], transform: Transform, seed: int, mix: Mixup | None) -> None:
+    def __init__(self, dataset: Dataset[Any], transform: AnyTransform, seed: int, mix: Mixup | None) -> None:
         self.dataset, self.transform, self.seed, self.mix = dataset, transform, seed, mix
 
     def __getitem__(self, place: Place) -> TrainBatch | UserError:
@@ -189,17 +192,22 @@ class _Batches(Dataset[TrainBatch | UserError]):
             images, labels = self.mix(images, labels)
         return step, ids, images, labels
 
-    def _read(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        if self.transform.batched and hasattr(self.dataset, "draw_batch"):
+    def _read(self, ids: Tensor, epoch: int) -> tuple[Any, Any]:
+        if isinstance(self.transform, Normalise) and hasattr(self.dataset, "draw_batch"):
             images, labels = self.dataset.draw_batch(ids, epoch)
             return self.transform(images), labels
-        images, labels = [], []
-        for i in ids.tolist():
-            with seeded(self.seed, "augment", epoch, i):
-                image, label = self.dataset.draw(i, epoch) if hasattr(self.dataset, "draw") else self.dataset[i]
-                images.append(self.transform(image))
-            labels.append(int(label))
-        return torch.stack(images), torch.tensor(labels)
+        samples = [self._sample(i, epoch) for i in ids.tolist()]
+        images, targets = [image for image, _ in samples], [target for _, target in samples]
+        if isinstance(self.transform, (WithBoxes, WithMask)):
+            return self.transform.together(images, targets)
+        return torch.stack(images), torch.tensor(targets)
+
+    def _sample(self, i: int, epoch: int) -> tuple[Tensor, Any]:
+        with seeded(self.seed, "augment", epoch, i):
+            image, target = self.dataset.draw(i, epoch) if hasattr(self.dataset, "draw") else self.dataset[i]
+            if isinstance(self.transform, (WithBoxes, WithMask)):
+                return self.transform(image, target)
+            return self.transform(image), int(target)
 
 
 def _loader(items: _Batches, places: Any, workers: int, keep: bool) -> DataLoader[TrainBatch | UserError]:

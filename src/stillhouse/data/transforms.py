@@ -27,8 +27,6 @@ class Normalise:
     (x / 255 - mean) / std.
     """
 
-    batched = True
-
     def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str) -> None:
         self.size, self.interpolation = size, InterpolationMode(interpolation)
         self.scale = torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1)
@@ -42,8 +40,6 @@ class Normalise:
 
 class PerImage:
     """A transform made by timm, for one image of any kind: PIL of any mode, or a uint8 tensor [C, H, W]."""
-
-    batched = False
 
     def __init__(self, transform: Any, channels: int) -> None:
         self.transform, self.channels = transform, channels
