@@ -212,6 +212,65 @@ def test_export_that_cannot_be(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("spec", "task"),
+    [
+        (TINY, "classify"),
+        ("torchvision/fcos:backbone=timm/test_resnet,channels=8,levels=2,convs=0", "detect"),
+        ("smp/unet:encoder=timm/test_resnet,encoder_depth=3,decoder_channels=(8,8,8)", "segment"),
+    ],
+)
+def test_every_student_is_exported_alone_as_it_is(tmp_path: Path, spec: str, task: str) -> None:
+    model = open_model(spec, classes=3, channels=3, task=task)
+    save_student(model, tmp_path / "run" / "student")
+    export_student(tmp_path / "run", "torch", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    again = load_student(tmp_path / "out")
+    assert weights_hash(again) == weights_hash(model)
+    assert list(again.state_dict()) == list(model.state_dict())  # and nothing more
+
+
+def test_a_detr_is_saved_as_transformers_opens_it(tmp_path: Path) -> None:
+    small = "d_model=16,encoder_layers=1,decoder_layers=1,encoder_ffn_dim=16,decoder_ffn_dim=16,num_queries=5"
+    heads = "encoder_attention_heads=2,decoder_attention_heads=2"
+    model = open_model(f"transformers/detr:{small},{heads},backbone=test_resnet,size=64", classes=3, channels=3, task="detect")
+    save_student(model, tmp_path / "student")
+    again, images = load_student(tmp_path), [torch.rand(3, 64, 64)]
+    assert weights_hash(again) == weights_hash(model)
+    (found,), (expected,) = again.eval()(images), model.eval()(images)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    with pytest.raises(UserError, match="is there to detect images, and what is asked for is to classify"):
+        open_model(str(tmp_path), classes=3, channels=3)
+
+
+def test_a_detector_is_not_exported_to_onnx(tmp_path: Path) -> None:
+    spec = "torchvision/fcos:backbone=timm/test_resnet,channels=8,levels=2,convs=0"
+    save_student(open_model(spec, classes=3, channels=3, task="detect"), tmp_path / "run" / "student")
+    with pytest.raises(UserError, match=r"detects, and torch cannot write to ONNX .* export it to torch"):
+        export_student(tmp_path / "run", "onnx", tmp_path / "out")
+    with pytest.raises(UserError, match="is of torchvision, which timm cannot open; export it to torch"):
+        export_student(tmp_path / "run", "timm", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_onnx_gives_a_segmenters_logits_for_any_batch(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    model = open_model("torchvision/fcn:backbone=timm/test_resnet,aux=true", classes=5, channels=3, task="segment")
+    set_preprocessing(model, Preprocessing((0.3,) * 3, (0.2,) * 3, 32))
+    save_student(model, tmp_path / "run" / "student")
+    export_student(tmp_path / "run", "onnx", tmp_path / "out")
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, 32, 32)
+        with torch.no_grad():
+            expected = logits_of(model.eval()(images)).numpy()
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        assert logits.shape == (batch, 5, 32, 32)
+        assert np.abs(logits - expected).max() < 1e-4
+
+
 @pytest.mark.parametrize(("spec", "channels"), [(TINY, 1), (HF, 3)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_onnx_gives_the_same_logits_for_any_batch(tmp_path: Path, spec: str, channels: int) -> None:

@@ -37,12 +37,17 @@ class Fit:
     """What the data asks of a network: number of classes and image channels, side of the images (None: the network's own).
 
     `new_head`: a pretrained network with other classes gets a new random classifier (a student) instead of being refused (a teacher).
+    `names`: of the classes, by which a detector's or segmenter's published classes are found.
+    `folder`, `known`: the run folder whose weights are taken, and the names of the classes they know.
     """
 
     classes: int
     channels: int
     image_size: int | None
     new_head: bool
+    names: list[str] | None = None
+    folder: str | None = None
+    known: list[str] | None = None
 
 
 def build(
@@ -62,10 +67,11 @@ def build(
     return model, options
 
 
-def refuse_head(spec: object, known: int, classes: int) -> None:
+def refuse_head(spec: object, known: int, classes: int, why: str = "") -> None:
     """Raise the sentence for a teacher that does not know the data's classes."""
+    why = why or f"knows {known} classes and the data has {classes}"
     raise UserError(
-        f"'{spec}' knows {known} classes and the data has {classes}, but a teacher must know the data's classes; first train it with "
+        f"'{spec}' {why}, but a teacher must know the data's classes; first train it with "
         f"`stillhouse distill --method scratch --student {spec} --student-weights pretrained`, and pass that run folder as the teacher"
     )
 

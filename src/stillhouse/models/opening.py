@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torchvision
 from torch import nn
 
 from stillhouse.errors import UserError
@@ -15,6 +17,8 @@ from stillhouse.models.preprocessing import Preprocessing, set_preprocessing
 from stillhouse.models.specs import FAMILIES, Spec, parse_spec
 from stillhouse.models.weights import read_weights
 from stillhouse.randomness import seeded
+
+Task = Literal["classify", "detect", "segment"]
 
 
 def open_model(
@@ -27,49 +31,116 @@ def open_model(
     allow_partial: bool = False,
     seed: int = 0,
     new_head: bool = False,
+    task: Task = "classify",
+    names: list[str] | None = None,
 ) -> nn.Module:
-    """The network that `spec` names, taking images [B, channels, H, W] to logits [B, classes].
+    """The network that `spec` names, taking images [B, channels, H, W] to logits [B, classes], or what its task asks for.
+
+    A detector follows torchvision's contract (see `is_detector`) and has 1 + `classes` outputs, 0 being the background; a segmenter
+    takes images to logits [B, classes, H, W] (see `logits_of`).
 
     Args:
-        spec: `timm/NAME:OPTIONS`, `torchvision/NAME:OPTIONS`, `transformers/NAME_OR_PATH:OPTIONS`, a run folder or its `student` folder
-            (whose weights are used), or a module, which is returned as it is.
-        image_size: side in pixels that a network with a fixed input size is built for, unless the spec says; None for its own.
+        spec: `timm/NAME:OPTIONS`, `torchvision/NAME:OPTIONS`, `transformers/NAME_OR_PATH:OPTIONS`, `smp/NAME:OPTIONS`, a run folder or its
+            `student` folder (whose weights are used), or a module, which is returned as it is.
+        image_size: side in pixels that a network with a fixed input size is built for, or to which a detector resizes its images, unless
+            the spec says; None for its own.
         weights: `"random"` (a function of `seed` and the spec alone), `"pretrained"` (published, by name), or a file.
         allow_partial: take weights that fit only in part; what does not is logged.
         new_head: pretrained weights with another number of classes get a new random classifier (for a student) instead of being refused.
+        names: of the classes; a detector's or segmenter's weights that know them all by name give their outputs, whatever else they know.
 
-    The result has an attribute `stillhouse`: `{"spec": str | None, "family": "timm|torchvision|transformers|object", "name": str | None,
-    "options": {...}, "weights": str}`.
+    The result has an attribute `stillhouse`: `{"spec": str | None, "family": "timm|torchvision|transformers|smp|object",
+    "name": str | None, "options": {...}, "weights": str}`, and of a detector or segmenter also `"task"`, `"classes"`, `"channels"`
+    and `"names"` (or None).
 
     Raises:
-        UserError: for an unknown name, option or folder, classes or channels that do not fit, weights that are missing or do not fit.
+        UserError: for an unknown name, option or folder, a network for another task, classes or channels that do not fit, weights that are
+            missing or do not fit.
     """
     if isinstance(spec, nn.Module):
-        return _as_given(spec)
+        return _as_given(spec, task)
     parsed = parse_spec(spec)
-    fit = Fit(classes, channels, image_size, new_head)
+    fit = Fit(classes, channels, image_size, new_head, names)
+    found = task_of(spec)
+    if found is not None and found != task:
+        _refuse_task(spec, parsed, found, task)
     file = None if weights in ("random", "pretrained") else read_weights(weights)
     saved = read_saved(parsed.name) if parsed.family == "run" else None
     if saved is not None:
-        parsed, fit = saved.fitted(spec, fit), replace(fit, image_size=None)
+        parsed, fit = saved.fitted(spec, fit), replace(fit, image_size=None, folder=parsed.name, known=saved.names)
         if file is None:
             weights, file = str(saved.file), read_weights(saved.file)
     with seeded(seed, "weights", parsed.family, parsed.name):
-        model, options = build(parsed, fit, weights == "pretrained", file, allow_partial)
+        model, options = _opener(task)(parsed, fit, weights == "pretrained", file, allow_partial)
     if saved is not None:
         saved.describe(model)
-    info = {"spec": spec, "family": parsed.family, "name": parsed.name, "options": options, "weights": weights}
+    info: dict[str, Any] = {"spec": spec, "family": parsed.family, "name": parsed.name, "options": options, "weights": weights}
+    if task != "classify":
+        info |= {"task": task, "classes": classes, "channels": channels, "names": names or fit.known}
     model.stillhouse = info  # type: ignore[assignment]
     return model
 
 
-def _as_given(model: nn.Module) -> nn.Module:
+def _opener(task: Task) -> Callable[..., tuple[nn.Module, dict[str, Any]]]:
+    if task == "detect":
+        from stillhouse.models.detectors import open_detector
+
+        return open_detector
+    if task == "segment":
+        from stillhouse.models.segmenters import open_segmenter
+
+        return open_segmenter
+    return build
+
+
+def task_of(spec: str) -> Task | None:
+    """What the network that a spec names is there for; None where its name does not tell.
+
+    Raises:
+        UserError: for a spec that cannot be read, or a folder without a network.
+    """
+    parsed = parse_spec(spec)
+    if parsed.family == "run":
+        return read_saved(parsed.name).task
+    if parsed.family == "transformers":
+        from stillhouse.models.detr import KINDS
+
+        return "detect" if parsed.name in KINDS else None
+    return {"timm": "classify", "smp": "segment"}.get(parsed.family) or _torchvision_task(parsed.name)  # type: ignore[return-value]
+
+
+def _torchvision_task(name: str) -> Task | None:
+    from stillhouse.models import detectors, segmenters
+
+    models = torchvision.models
+    if name in detectors.COMPOSED or name in models.list_models(module=models.detection):
+        return "detect"
+    if name in segmenters.COMPOSED or name in models.list_models(module=models.segmentation):
+        return "segment"
+    return "classify" if name in models.list_models(module=models) else None
+
+
+def _refuse_task(spec: str, parsed: Spec, found: Task, task: Task) -> None:
+    """Raise the sentence for a network that is there for another task."""
+    instead = "name a network for this task, or data for that one"
+    if found == "classify" and parsed.family != "run":
+        body = f"timm/{parsed.name}" if parsed.family == "timm" else parsed.name
+        names = ("fcos", "retinanet") if task == "detect" else ("deeplabv3", "lraspp")
+        instead = f"it can be the backbone of one, as in {' or '.join(f'torchvision/{name}:backbone={body}' for name in names)}"
+    raise UserError(f"'{spec}' is there to {found} images, and what is asked for is to {task}; {instead}")
+
+
+def _as_given(model: nn.Module, task: Task) -> nn.Module:
+    library = type(model).__module__.partition(".")[0]
+    if library == "transformers" and type(model).__name__.endswith("ForObjectDetection"):
+        from stillhouse.models.detr import Detr
+
+        model = Detr(model)  # type: ignore[arg-type]
     if not hasattr(model, "stillhouse"):
-        library = type(model).__module__.partition(".")[0]
         recorded = hasattr(model, "_model_args") if library == "timm" else hasattr(model, "config")  # enough to build it again from a name
         family = library if library in ("timm", "transformers") and recorded else "object"
         info: dict[str, Any] = {"spec": None, "family": family, "name": None, "options": {}, "weights": "given"}
-        model.stillhouse = info  # type: ignore[assignment]
+        model.stillhouse = info | ({"task": task} if task != "classify" else {})  # type: ignore[assignment]
     return model
 
 
@@ -83,6 +154,8 @@ class Saved:
     preprocessing: Preprocessing | None
     file: Path
     timm_cfg: dict[str, Any] | None = None
+    task: Task = "classify"
+    names: list[str] | None = None
 
     def fitted(self, folder: str, fit: Fit) -> Spec:
         """The spec to build, without the numbers that follow from the data.
@@ -94,7 +167,7 @@ class Saved:
             raise UserError(
                 f"the network in '{folder}' takes {self.channels} channel(s) and the data has {fit.channels}, take another network"
             )
-        if self.classes != fit.classes and not fit.new_head:
+        if self.task == "classify" and self.classes != fit.classes and not fit.new_head:  # the others are found by name
             refuse_head(folder, self.classes, fit.classes)
         data = ("num_classes", "in_chans", "num_labels")
         return Spec(self.spec.family, self.spec.name, {key: value for key, value in self.spec.options.items() if key not in data})
@@ -136,6 +209,10 @@ def _read_config(folder: Path, config: dict[str, Any]) -> Saved:
         channels = spec.options.get("in_chans", cfg["input_size"][0])
         return Saved(spec, config["num_classes"], int(channels), None, file, cfg)  # type: ignore[call-overload]
     if "model_type" in config:
+        from stillhouse.models.detr import KINDS, known_classes, known_names
+
+        if config["model_type"] in KINDS:
+            return Saved(Spec("transformers", str(folder)), known_classes(config), 3, None, file, task="detect", names=known_names(config))
         known = len(config["id2label"]) if "id2label" in config else 2  # transformers' own default
         return Saved(Spec("transformers", str(folder)), known, config.get("num_channels", 3), transformers_preprocessing(str(folder)), file)
     ours = config["stillhouse"]
@@ -145,4 +222,5 @@ def _read_config(folder: Path, config: dict[str, Any]) -> Saved:
             f"make the object and call stillhouse.models.weights.load_weights(model, '{file}')"
         )
     preprocessing = Preprocessing(**ours["preprocessing"]) if ours["preprocessing"] else None
-    return Saved(parse_spec(ours["spec"]), ours["classes"], ours["channels"], preprocessing, file)
+    task, names = ours.get("task", "classify"), ours.get("names")
+    return Saved(parse_spec(ours["spec"]), ours["classes"], ours["channels"], preprocessing, file, task=task, names=names)

@@ -10,12 +10,15 @@ from stillhouse.errors import UserError
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits [B, K] in a network's output: a tensor itself, or an object with `.logits` (transformers, torchvision's GoogLeNet).
+    """The logits in a network's output: [B, K] of a classifier, [B, K, H, W] of a segmenter.
+
+    A tensor is the logits itself; else they are its `.logits` (transformers, torchvision's GoogLeNet) or under `"out"` (torchvision's
+    segmenters).
 
     Raises:
         UserError: if there are no logits in it.
     """
-    logits = getattr(output, "logits", output)
+    logits = output.get("out") if isinstance(output, dict) and "out" in output else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise UserError(
             f"the network returned {type(output).__name__}, expected logits or `.logits`; wrap it in a module that returns logits"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,8 +124,14 @@ class Refeed(nn.Module):
             self.register_buffer("scale", (std_s / std_t).float(), persistent=False)
             self.register_buffer("shift", ((mean_s - mean_t) / std_t).float(), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, size, size] of the same dtype (computed in fp32)."""
+    def forward(self, images: Any) -> Any:
+        """[B, C, H, W] -> [B, C, size, size] of the same dtype (computed in fp32); a detector's list of images image by image."""
+        if isinstance(images, (list, tuple)):
+            return [self.feed(image[None])[0] for image in images]
+        return self.feed(images)
+
+    def feed(self, images: Tensor) -> Tensor:
+        """The images of one tensor."""
         fed = images
         if self.size is not None and images.shape[-2:] != (self.size, self.size):
             fed = F.interpolate(images.float(), (self.size, self.size), mode=self.interpolation, antialias=True)

@@ -27,14 +27,14 @@ from stillhouse.models.preprocessing import Preprocessing, preprocessing_of
 from stillhouse.models.specs import Spec
 
 LOG = logging.getLogger("stillhouse")
-FORMATS = ("timm", "transformers", "onnx")
+FORMATS = ("timm", "transformers", "onnx", "torch")
 
 
 def save_student(model: nn.Module, folder: str | Path) -> Path:
     """Write `folder/config.json` and `folder/model.safetensors`, all of it or nothing; a network saved there before is replaced.
 
     A timm network opens with `timm.create_model("local-dir:FOLDER", pretrained=True)`, one of transformers with `from_pretrained(FOLDER)`
-    (which finds a `preprocessor_config.json` too), one of torchvision with `load_student`.
+    (which finds a `preprocessor_config.json` too), one of torchvision or segmentation-models-pytorch with `load_student`.
     Of a user's own class only the weights are stored.
 
     Raises:
@@ -70,6 +70,11 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 def _write(model: nn.Module, folder: Path) -> None:
     info: dict[str, Any] = getattr(model, "stillhouse", {"spec": None, "family": "object", "options": {}})
+    if info["family"] == "transformers" and info.get("task") == "detect":
+        from stillhouse.models.detr import save_detr
+
+        save_detr(model, folder)  # type: ignore[arg-type]
+        return
     if info["family"] == "transformers":
         _write_transformers(model, folder)
         return
@@ -123,7 +128,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _our_config(model: nn.Module, info: dict[str, Any]) -> dict[str, Any]:
     preprocessing = preprocessing_of(model)
     told: dict[str, Any] = {"family": "object", "network": type(model).__qualname__}
-    if info["family"] == "torchvision":
+    if "task" in info:
+        spec = Spec(info["family"], info["name"], info["options"])
+        told = {"family": info["family"], "spec": str(spec), **{key: info[key] for key in ("task", "classes", "channels", "names")}}
+    elif info["family"] == "torchvision":
         spec = Spec("torchvision", info["name"], {key: value for key, value in info["options"].items() if key != "num_classes"})
         told = {"family": "torchvision", "spec": str(spec), "classes": info["options"]["num_classes"], "channels": 3}
     return {**told, "preprocessing": asdict(preprocessing) if preprocessing else None}
@@ -156,16 +164,20 @@ def load_student(folder: str | Path) -> nn.Module:
         UserError: if there is none, it is damaged, or it is of a user's own class (then load its weights into an object).
     """
     saved = read_saved(folder)
-    return open_model(str(folder), classes=saved.classes, channels=saved.channels)
+    return open_model(str(folder), classes=saved.classes, channels=saved.channels, task=saved.task, names=saved.names)
 
 
 def export_student(folder: str | Path, to: str, out: str | Path) -> Path:
-    """Write the student of a run folder to the new folder `out`: for timm or transformers as `save_student` does, or as `out/model.onnx`.
+    """Write the student of a run folder to the new folder `out`: as `save_student` does, or as `out/model.onnx`.
 
-    The ONNX network maps float32 `images` [B, C, H, W] (any B) to `logits` [B, K]; `out/config.json` says mean, std and size.
+    - `timm`, `transformers`: for these libraries, of a network of theirs;
+    - `torch`: any network, its weights in `out/model.safetensors` and how it is built in `out/config.json`;
+    - `onnx`: float32 `images` [B, C, H, W] (any B) to `logits` [B, K], or [B, K, H, W] of a segmenter; `out/config.json` says mean, std
+      and size (a network that takes any size gets 224 x 224).
 
     Raises:
-        UserError: if `out` exists, the format is unknown, the network is not of that library, or the extra for ONNX is not installed.
+        UserError: if `out` exists, the format is unknown, the network is not of that library or a detector, which ONNX cannot hold, or the
+            extra for ONNX is not installed.
     """
     if to not in FORMATS:
         raise UserError(f"cannot export to '{to}'{nearest(to, FORMATS)}; expected one of {', '.join(FORMATS)}")
@@ -174,8 +186,13 @@ def export_student(folder: str | Path, to: str, out: str | Path) -> Path:
         raise UserError(f"'{out}' exists and is not overwritten, give a new folder")
     saved = read_saved(folder)
     family = saved.spec.family
-    if to != "onnx" and family != to:
-        remedy = family if family in FORMATS else "onnx"
+    if to == "onnx" and saved.task == "detect":
+        raise UserError(
+            f"the student in '{folder}' detects, and torch cannot write to ONNX how it picks boxes, whose number depends on the image; "
+            "export it to torch"
+        )
+    if to not in ("onnx", "torch") and family != to:
+        remedy = family if family in FORMATS else "torch" if saved.task == "detect" else "onnx"
         raise UserError(f"the student in '{folder}' is of {family}, which {to} cannot open; export it to {remedy}")
     model = load_student(folder).eval()
     with _whole(out) as new:

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 from stillhouse.errors import UserError
 
-FAMILIES = ("timm", "torchvision", "transformers")
+FAMILIES = ("timm", "torchvision", "transformers", "smp")
 _WORD = re.compile(r"[\w./+-]+")
 _PAIRS = {")": "(", "]": "[", "}": "{"}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A library (`timm`, `torchvision`, `transformers`) or `run` for a folder, a name in it, options; `parse_spec(str(spec)) == spec`."""
+    """A library (one of `FAMILIES`) or `run` for a folder, a name in it, options; `parse_spec(str(spec)) == spec`."""
 
     family: str
     name: str
@@ -44,7 +44,7 @@ def parse_spec(text: str) -> Spec:
 
 def _run_folder(text: str) -> Spec:
     if not text:
-        raise UserError("the model's name is empty, expected timm/NAME, torchvision/NAME, transformers/NAME_OR_PATH or a run folder")
+        raise UserError(f"the model's name is empty, expected {', '.join(f'{family}/NAME' for family in FAMILIES)} or a run folder")
     return Spec("run", text)
 
 

@@ -30,7 +30,7 @@ class Tap:
     def __init__(self, model: nn.Module, name: str) -> None:
         self.name = name
         self._output: Tensor | None = None
-        _layer(model, name).register_forward_hook(self._remember)
+        layer_of(model, name).register_forward_hook(self._remember)
 
     def _remember(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._output = _feature(output)
@@ -119,7 +119,7 @@ def last_attention(model: nn.Module) -> nn.Module | None:
     if not (hasattr(model, "patch_embed") or prefix_tokens(model)):
         return None
     blocks: Any = getattr(model, "blocks_token_only", None)  # CaiT: the class token joins in its last blocks
-    last = blocks[-1] if blocks else _layer(model, last_layer(model))
+    last = blocks[-1] if blocks else layer_of(model, last_layer(model))
     return next((module for module in last.modules() if _queries_and_keys(module) is not None), None)
 
 
@@ -202,9 +202,9 @@ def feature_channels(model: nn.Module, layer: str) -> int:
         UserError: if there is no such layer, or the network does not run on that image.
     """
     channels: list[int] = []
-    hook = _layer(model, layer).register_forward_hook(lambda *seen: channels.append(as_tokens(_feature(seen[-1]), model).shape[-1]))
+    hook = layer_of(model, layer).register_forward_hook(lambda *seen: channels.append(as_tokens(_feature(seen[-1]), model).shape[-1]))
     training = {module: module.training for module in model.modules()}
-    image = _empty_image(model)
+    image = empty_image(model)
     try:
         with torch.no_grad():
             model.eval()(image)
@@ -219,7 +219,7 @@ def feature_channels(model: nn.Module, layer: str) -> int:
     return channels[-1]
 
 
-def _empty_image(model: nn.Module) -> Tensor:
+def empty_image(model: nn.Module) -> Tensor:
     """Zeros [1, C, H, W] of the network's own input size; for an audio spectrogram [1, time, frequency]."""
     weight = next(model.parameters())
     config: Any = getattr(model, "config", None)
@@ -234,7 +234,12 @@ def _empty_image(model: nn.Module) -> Tensor:
     return weight.new_zeros(1, channels, *pair(size))
 
 
-def _layer(model: nn.Module, name: str) -> nn.Module:
+def layer_of(model: nn.Module, name: str) -> nn.Module:
+    """A submodule by its name.
+
+    Raises:
+        UserError: if the model has none of that name.
+    """
     modules = dict(model.named_modules())
     if name not in modules or not name:
         raise UserError(f"{type(model).__name__} has no layer '{name}'{nearest(name, modules)}")
