@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
+from torchvision.ops import masks_to_boxes
+
+from stillhouse.tasks import find
 
 STEPS = 900
 RECORD: dict[str, Any] = {
@@ -155,3 +159,140 @@ def write_pictures(folder: Path, step: int, *, size: int = 16, channels: int = 1
     (folder / "pictures").mkdir(exist_ok=True)
     metadata = {"step": str(step), "progress": str(learned)}
     save_file(tensors, folder / "pictures" / f"step-{step:08d}.safetensors", metadata=metadata)
+
+
+CLASSES = {"segment": ["background", "disc", "ring", "square"], "detect": ["car", "person", "<b>tree</b>"]}
+METRICS: dict[str, dict[str, float]] = {
+    "segment": {"miou": 0.612, "accuracy": 0.874, "agreement": 0.853},
+    "detect": {"map": 0.347, "map_50": 0.561, "map_75": 0.372, "map_small": 0.192, "map_medium": 0.381},
+}
+ALARM = "the spatial masks have collapsed: their mean is 0.031, and nearly nothing is copied from the teacher; use reading='c'"
+
+
+def write_dense_run(
+    folder: Path,
+    task: str,
+    *,
+    masks: int = 6,
+    channels: int = 64,
+    side: tuple[int, int] = (192, 256),
+    pictures: int = 4,
+    collapsed: bool = False,
+    **changes: Any,
+) -> Path:
+    """Write a run folder of "detect" or "segment"; `changes` replace top-level keys of its run.json."""
+    names, metrics = CLASSES[task], METRICS[task]
+    headline = next(iter(metrics))
+    costs = {"params": 1_204_331, "macs": 2.1e9, "step_ms": 131.0}
+    per_class = {name: metrics[headline] + 0.1 * math.cos(i) for i, name in enumerate(names)}
+    record = {
+        **{name: value for name, value in RECORD.items() if name not in ("keep", "savings")},
+        "task": task,
+        "method": "acam_kd",
+        "title": "ACAMKD",
+        "data": {"name": "scenes", "classes": names, "train": 2000, "val": 500, "skipped": []},
+        "metrics": metrics,
+        "per_class": per_class,
+        "alarms": [ALARM] if collapsed else [],
+        "result": [
+            {"row": "teacher", headline: metrics[headline] + 0.12, "params": 41_700_000, "macs": 26e9, "step_ms": None},
+            {"row": "student (acam_kd)", **metrics, **costs},
+            {"row": "student, labels only", headline: metrics[headline] - 0.024, **costs, "step_ms": 84.0},
+        ],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({**record, **changes}), encoding="utf-8")
+    (folder / "settings.yaml").write_text("method: acam_kd\nreading: c\n", encoding="utf-8")
+    rng = np.random.default_rng(0)
+    _write_dense_curves(folder, rng, headline, metrics[headline], collapsed)
+    _write_dense_curves(folder / "baseline", rng, headline, metrics[headline] - 0.024, collapsed)
+    (folder / "baseline" / "watch.csv").unlink()
+    baseline = {"per_class": {name: value - 0.02 for name, value in per_class.items()}}
+    (folder / "baseline" / "run.json").write_text(json.dumps(baseline), encoding="utf-8")
+    for step in (0, 450, STEPS) if pictures else ():
+        write_dense_pictures(folder, task, step, masks=masks, channels=channels, side=side, count=pictures, collapsed=collapsed)
+    return folder
+
+
+def _write_dense_curves(folder: Path, rng: np.random.Generator, headline: str, final: float, collapsed: bool) -> None:
+    train, val, watch = [], [], []
+    for step in range(5, STEPS + 1, 5):
+        gone, noise = 1 - math.exp(-step / 220), 0.02 * rng.standard_normal(4)
+        terms = {"ce": 1.6 - 1.2 * gone + noise[0], "channel": 0.5 - 0.3 * gone + noise[1], "diversity": 0.9 - 0.5 * gone}
+        train.append({"step": step, "epoch": step // 30, "lr": 0.01, "total": sum(terms.values()), **terms})
+        mean = 0.5 - (0.47 if collapsed else 0.15) * gone
+        dice = {"dice_spatial": 1 - 0.6 * gone + noise[2], "dice_channel": 1 - 0.3 * gone}
+        means = {"mask_mean_spatial": mean + 0.1 * noise[3], "mask_mean_channel": 0.5 - 0.05 * gone}
+        watch.append({"step": step, "epoch": step // 30, **means, **dice, "corr": 0.4 * gone - 0.05 + noise[0]})
+    for step in range(30, STEPS + 1, 30):
+        gone = (1 - math.exp(-step / 170)) / (1 - math.exp(-STEPS / 170))
+        val.append({"step": step, "epoch": step // 30, headline: final * gone, "val_ce": 1.7 - 1.1 * gone, "val_channel": 0.5 - 0.2 * gone})
+    for name, rows in (("train", train), ("val", val), ("watch", watch)):
+        write_rows(folder / f"{name}.csv", rows)
+
+
+def write_dense_pictures(
+    folder: Path,
+    task: str,
+    step: int,
+    *,
+    masks: int = 6,
+    channels: int = 64,
+    side: tuple[int, int] = (192, 256),
+    count: int = 4,
+    collapsed: bool = False,
+) -> None:
+    """Parts of a photograph with shapes on them, answers that come nearer, and masks that are blobs of their own."""
+    height, width = side
+    rng = np.random.default_rng(2)
+    photograph = load_sample_images().images[0]
+    images = np.stack([_part(photograph, rng, side) for _ in range(count)])
+    learned = step / STEPS
+    y, x = np.mgrid[:height, :width]
+    truths, answers = [], []
+    for i in range(count):
+        truth, answer = (np.zeros(side, np.int64) for _ in range(2))
+        for label in range(1, len(CLASSES[task]) + (task == "detect")):
+            cy, cx, r = height * rng.uniform(0.25, 0.75), width * rng.uniform(0.2, 0.8), height * rng.uniform(0.08, 0.2)
+            off = r * (1 - learned)
+            inside = (y - cy) ** 2 + (x - cx) ** 2 < r * r
+            images[i][:, inside] = images[i][:, inside] // 2 + 40 * label
+            truth[inside] = label
+            answer[(y - cy - off) ** 2 + (x - cx + off) ** 2 < r * r] = label
+        truths.append(truth)
+        answers.append(answer)
+    found = np.random.default_rng(3)
+    grid = (height // 8, width // 8)
+    gy, gx = np.mgrid[: grid[0], : grid[1]] / np.array(grid)[:, None, None]
+    mean = 0.5 - (0.47 if collapsed else 0.15) * learned
+    tensors: dict[str, NDArray[Any]] = {"images": images, "channels": np.zeros((count, masks, channels), np.float32)}
+    for m in range(masks):
+        cy, cx = found.random(2)
+        blob = np.exp(-((gy - cy) ** 2 + (gx - cx) ** 2) / 0.05)
+        shape = np.clip(mean * (1 + learned * (2 * blob - 0.5)), 0.001, 0.999)
+        tensors[f"mask {m + 1}"] = np.repeat(shape[None], count, 0).astype(np.float32)
+        tensors["channels"][:, m] = 1 / (1 + np.exp(-3 * learned * found.standard_normal(channels)))
+    tensors["difference"] = (3 - 2 * learned) * found.random((count, *grid)).astype(np.float32)
+    for name, what in (("labels", truths), ("student", answers), ("teacher", truths)):
+        tensors[f"drawn/{name}"] = _draw(task, images, what, sure=name == "labels")
+    (folder / "pictures").mkdir(exist_ok=True)
+    save_file(tensors, folder / "pictures" / f"step-{step:08d}.safetensors", metadata={"step": str(step), "progress": str(learned)})
+
+
+def _part(photograph: NDArray[np.uint8], rng: np.random.Generator, side: tuple[int, int]) -> NDArray[np.uint8]:
+    top, left = (int(rng.integers(0, whole - part + 1)) for whole, part in zip(photograph.shape, side, strict=False))
+    return photograph[top : top + side[0], left : left + side[1]].transpose(2, 0, 1).copy()
+
+
+def _draw(task: str, images: NDArray[np.uint8], masks: list[NDArray[np.int64]], sure: bool) -> NDArray[np.uint8]:
+    """Masks as the task draws them: as boxes around them to detect."""
+    pictures, labels = torch.from_numpy(images), torch.from_numpy(np.stack(masks))
+    if task == "segment":
+        return find(task).draw(pictures, labels, CLASSES[task]).numpy()
+    answers = []
+    for mask in labels:
+        present = [int(label) for label in mask.unique() if label]
+        boxes = masks_to_boxes(torch.stack([mask == label for label in present]))
+        scores = {} if sure else {"scores": torch.linspace(0.9, 0.5, len(present))}
+        answers.append({"boxes": boxes, "labels": torch.tensor(present), **scores})
+    return find(task).draw(pictures, answers, CLASSES[task]).numpy()

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sample_run import RECORD, write_sample_run
+from sample_run import METRICS, RECORD, write_dense_run, write_sample_run
 
 from stillhouse.errors import UserError
+from stillhouse.report.compare import METRICS as METRICS_SHOWN
 from stillhouse.report.compare import compare, print_table
+from stillhouse.tasks import TASKS, find
 
 
 def printed(rows: list[dict], width: int = 160) -> str:
@@ -26,6 +28,7 @@ def test_rows_hold_what_the_runs_recorded(tmp_path: Path) -> None:
     student, teacher = RECORD["result"][1], RECORD["models"]["teacher"]
     assert rows[0] == {
         "run": str(first),
+        "task": "classify",
         "method": "masked_kd",
         "teacher": teacher["name"],
         "student": RECORD["models"]["student"]["name"],
@@ -59,6 +62,36 @@ def test_numbers_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
     text = printed(compare([write_sample_run(tmp_path, pictures=False)]), width=80)
     assert all(number in text for number in ("92.1", "0.284", "3.1", "93.4", "775", "12.4", "1\N{NARROW NO-BREAK SPACE}min 23"))
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
+
+
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [("detect", ["AP", "AP", "run", "mAP", "AP50", "AP75", "small", "medium", "step", "time"]), ("segment", ["mIoU", "pixels", "agrees"])],
+)
+def test_other_tasks_are_compared_by_their_own_metrics(tmp_path: Path, task: str, head: list[str]) -> None:
+    rows = compare([write_dense_run(tmp_path, task, pictures=0)])
+    assert {key: rows[0][key] for key in METRICS[task]} == METRICS[task]
+    shown = " ".join(printed(rows).splitlines()[:2]).split()
+    assert [word for word in shown if word in head] == head
+    assert "top-1" not in shown
+
+
+def test_every_metric_of_every_task_is_one_the_task_has() -> None:
+    assert METRICS_SHOWN.keys() == TASKS.keys()
+    for task, measures in METRICS_SHOWN.items():
+        assert measures.keys() <= find(task).titles.keys()
+        assert next(iter(measures)) == find(task).headline
+
+
+def test_runs_of_different_tasks_are_not_compared(tmp_path: Path) -> None:
+    runs = [write_sample_run(tmp_path / "a", pictures=False), write_dense_run(tmp_path / "b", "segment", pictures=0)]
+    with pytest.raises(UserError, match=r"a' is a run to classify and '.*b' one to segment: .*; compare runs of one task"):
+        compare([*runs])
+
+
+def test_a_task_of_another_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a run to restore, of which nothing is known here"):
+        compare([write_sample_run(tmp_path, pictures=False, task="restore")])
 
 
 def test_names_are_not_markup(tmp_path: Path) -> None:

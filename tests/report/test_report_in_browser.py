@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sample_run import write_sample_run
+from sample_run import write_dense_run, write_sample_run
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
@@ -41,7 +41,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Addresses of a small grey run that finished, and of a coloured one that is running and whose names have no place to break."""
+    """Addresses of a small grey run that finished, of a coloured one that is running and whose names have no place to break, and of runs
+    of the other tasks, one with so many masks that some are left out."""
     folder = tmp_path_factory.mktemp("runs")
     long = "x" * 300
     grey = write_sample_run(folder / "grey")
@@ -55,19 +56,25 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         command=[long],
         data={"name": long, "classes": [long] * 10, "skipped": [long]},
     )
-    return {run.name: write_report(run).as_uri() for run in (grey, rgb)}
+    names = [long] * 3
+    boxes = write_dense_run(folder / "boxes", "detect", data={"name": long, "classes": names}, per_class={long: 0.3})
+    masks = write_dense_run(folder / "masks", "segment", side=(64, 48), masks=19, channels=512, collapsed=True, alarms=[long])
+    return {run.name: write_report(run).as_uri() for run in (grey, rgb, boxes, masks)}
+
+
+IMAGES = {"grey": 28, "rgb": 28, "boxes": 4 * (6 + 3 * (1 + 6 + 1)), "masks": 4 * (6 + 3 * (1 + 8 + 1))}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("name", ["grey", "rgb"])
+@pytest.mark.parametrize("name", IMAGES)
 def test_it_opens_cleanly_and_fits(browser: webdriver.Chrome, pages: dict[str, str], name: str, width: int, scheme: str) -> None:
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 1000}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
     browser.get(pages[name])
     assert browser.get_log("browser") == []
-    assert browser.execute_script("return document.images.length") == 28
+    assert browser.execute_script("return document.images.length") == IMAGES[name]
     assert browser.execute_script(BROKEN_PICTURES) == []
     assert browser.execute_script(WIDTHS) == [width, 0]
     ground, student = browser.execute_script(PAINTED)

@@ -13,6 +13,10 @@ from stillhouse.errors import UserError
 from stillhouse.tasks.classify import Classify
 
 
+def names(count: int) -> list[str]:
+    return [f"class {number}" for number in range(count)]
+
+
 def batch(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(2, count, classes, generator=generator)
@@ -22,7 +26,7 @@ def batch(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.
 def test_a_case_done_by_hand() -> None:
     probs = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.5, 0.3], [0.25, 0.35, 0.4]])
     teacher = torch.tensor([[5.0, 0, 0], [5.0, 0, 0], [0, 0, 5.0], [0, 0, 5.0]])
-    metric = Classify(3)
+    metric = Classify(names(3))
     metric.update(probs.log(), torch.tensor([0, 1, 2, 0]), teacher)
     result = metric.compute()
     gaps = [1 - 0.7, 1 - 0.6, 0 - 0.5, 0 - 0.4]  # each alone in its bin of fifteenths
@@ -42,7 +46,7 @@ def test_a_case_done_by_hand() -> None:
 @given(st.integers(1, 200), st.integers(2, 12), st.integers(0, 100))
 def test_values_are_torchmetrics_own_in_any_batches(count: int, classes: int, seed: int) -> None:
     student, labels, teacher = batch(count, classes, seed)
-    whole, pieces = Classify(classes), Classify(classes)
+    whole, pieces = Classify(names(classes)), Classify(names(classes))
     whole.update(student, labels, teacher)
     for part in torch.arange(count).split(7):
         pieces.update(student[part], labels[part], teacher[part])
@@ -62,14 +66,14 @@ def test_values_are_torchmetrics_own_in_any_batches(count: int, classes: int, se
 
 def test_a_certain_and_right_student_is_perfect() -> None:
     labels = torch.arange(4)
-    metric = Classify(4)
+    metric = Classify(names(4))
     metric.update(1000 * torch.eye(4), labels, 1000 * torch.eye(4))
     assert metric.compute() == {"top1": 1.0, "top5": 1.0, "nll": 0.0, "ece": 0.0, "agreement": 1.0, "teacher_top1": 1.0}
 
 
 def test_without_a_teacher_nothing_is_said_of_one_and_reset_forgets() -> None:
     student, labels, teacher = batch(20, 6)
-    metric = Classify(6)
+    metric = Classify(names(6))
     metric.update(student, labels, teacher)
     metric.reset()
     metric.update(student, labels)
@@ -79,7 +83,7 @@ def test_without_a_teacher_nothing_is_said_of_one_and_reset_forgets() -> None:
 
 def test_half_precision_logits_are_measured_in_fp32() -> None:
     student, labels, _ = batch(64, 10)
-    half, full = Classify(10), Classify(10)
+    half, full = Classify(names(10)), Classify(names(10))
     half.update(student.bfloat16(), labels)
     full.update(student.bfloat16().float(), labels)
     assert half.compute() == full.compute()
@@ -87,7 +91,7 @@ def test_half_precision_logits_are_measured_in_fp32() -> None:
 
 def test_no_gradient_and_no_graph_is_kept() -> None:
     student, labels, _ = batch(8, 3)
-    metric = Classify(3)
+    metric = Classify(names(3))
     metric.update(student.requires_grad_(), labels)
     assert not metric.nll.requires_grad
     assert not metric.bin_gap.requires_grad
@@ -96,7 +100,7 @@ def test_no_gradient_and_no_graph_is_kept() -> None:
 def _process(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     student, labels, teacher = batch(10, 4)
-    metric = Classify(4)
+    metric = Classify(names(4))
     mine = slice(0, 7) if rank == 0 else slice(7, 10)
     metric.update(student[mine], labels[mine], teacher[mine])
     result = metric.compute()
@@ -109,21 +113,36 @@ def _process(rank: int, folder: str) -> None:
 def test_processes_agree_on_what_one_alone_would_measure(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(_process, args=(str(tmp_path),), nprocs=2, start_method="fork")
     student, labels, teacher = batch(10, 4)
-    alone = Classify(4)
+    alone = Classify(names(4))
     alone.update(student, labels, teacher)
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == pytest.approx(alone.compute(), abs=1e-6)
 
 
 def test_what_cannot_be_measured_is_said() -> None:
-    with pytest.raises(UserError, match="expected at least two"):
-        Classify(1)
+    with pytest.raises(UserError, match="expected at least 2"):
+        Classify(names(1))
     student, labels, teacher = batch(4, 3)
     with pytest.raises(UserError, match=r"the student's logits have the shape \(4, 3\), expected \(4, 5\)"):
-        Classify(5).update(student, labels)
+        Classify(names(5)).update(student, labels)
     with pytest.raises(UserError, match=r"the teacher's logits have the shape \(4, 2\), expected \(4, 3\)"):
-        Classify(3).update(student, labels, teacher[:, :2])
-    empty = Classify(3)
+        Classify(names(3)).update(student, labels, teacher[:, :2])
+    empty = Classify(names(3))
     empty.update(student[:0], labels[:0])
     with pytest.raises(UserError, match="gave no sample"):
         empty.compute()
+
+
+def test_wrapped_logits_are_unwrapped() -> None:
+    class Output:
+        logits = torch.eye(3)
+
+    metric = Classify(names(3))
+    metric.update(Output(), torch.arange(3), Output())
+    assert metric.compute()["top1"] == metric.compute()["agreement"] == 1.0
+
+
+def test_chance_is_a_guess_and_two_standard_errors() -> None:
+    metric = Classify(names(4))
+    metric.update(torch.zeros(300, 4), torch.zeros(300, dtype=torch.long))
+    assert metric.chance == pytest.approx(0.25 + 2 * math.sqrt(0.25 * 0.75 / 300))

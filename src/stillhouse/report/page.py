@@ -5,24 +5,27 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stillhouse.report.chart import Chart, Line, chart
 from stillhouse.report.numbers import change, duration, known, milliseconds, percent, plain, points, si
-from stillhouse.report.pictures import picture_cards, read_snapshots
-from stillhouse.report.run_folder import Columns, last, read_columns, read_record, results, row_of
+from stillhouse.report.pictures import Snapshot, masks_left_out, picture_cards, read_snapshots
+from stillhouse.report.run_folder import Columns, last, read_columns, read_record, results, row_of, task_of
+from stillhouse.tasks import find
+
+if TYPE_CHECKING:
+    from stillhouse.tasks.base import Task
 
 Record = dict[str, Any]
+Column = tuple[str, str, Callable[[float | None], str]]
 NOT_LOSSES = {"step", "epoch", "lr", "images_per_second"}
 MOST_SKIPPED = 200
-COLUMNS: list[tuple[str, str, Callable[[float | None], str]]] = [
-    ("top1", "top-1", percent),
-    ("top5", "top-5", percent),
-    ("nll", "NLL, nats", plain),
-    ("ece", "calibration error", percent),
-    ("agreement", "agrees with teacher", percent),
+MOST_CLASSES = 100
+MOST_COLOURS = 24
+COLLAPSED = 0.05
+COSTS: list[Column] = [
     ("params", "parameters", si),
     ("macs", "multiply\N{NON-BREAKING HYPHEN}adds / image", si),
     ("step_ms", "training step", milliseconds),
@@ -34,7 +37,9 @@ def render(run_dir: Path) -> str:
     record = read_record(run_dir)
     train, val = read_columns(run_dir / "train.csv"), read_columns(run_dir / "val.csv")
     baseline_val = read_columns(run_dir / "baseline" / "val.csv")
-    rows = results(record, val, baseline_val)
+    task = find(task_of(record))
+    rows = results(record, val, baseline_val, task.headline)
+    columns = metric_columns(task) + COSTS
     snapshots, notes = read_snapshots(run_dir)
     data = record.get("data") or {}
     settings = run_dir / "settings.yaml"
@@ -45,14 +50,20 @@ def render(run_dir: Path) -> str:
     return environment.get_template("page.html").render(
         title=title_of(record),
         status=str(record.get("status", "unknown")),
-        sentence=sentence(record, rows, val),
+        sentence=sentence(record, rows, val, task),
+        alarms=[str(alarm) for alarm in record.get("alarms") or []],
         who=who(record),
-        columns=[(key, name) for key, name, _ in COLUMNS if any(known(row.get(key)) for row in rows)],
-        rows=[{**row, "cells": {key: (row.get(key), write(row.get(key))) for key, _, write in COLUMNS}} for row in rows],
+        columns=[(key, name) for key, name, _ in columns if any(known(row.get(key)) for row in rows)],
+        rows=[{**row, "cells": {key: (row.get(key), write(row.get(key))) for key, _, write in columns}} for row in rows],
         savings=savings(record),
         kept=kept(record),
-        charts=charts(record, rows, train, val, baseline_val),
+        class_title=f"{task.per_class} of each class",
+        **class_table(run_dir, record, rows),
+        charts=charts(record, rows, train, val, baseline_val, task),
+        mask_charts=mask_charts(read_columns(run_dir / "watch.csv")),
         cards=picture_cards(snapshots, [str(name) for name in data.get("classes") or []]),
+        legend=legend(snapshots, [str(name) for name in data.get("classes") or []]),
+        masks_left_out=masks_left_out(snapshots),
         moments=moments([snapshot.step for snapshot in snapshots], str(record.get("status"))),
         settings=settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else "",
         facts=facts(record),
@@ -73,13 +84,18 @@ def kept(record: Record) -> str:
     return f"{keep['kept']} of {keep['patches']} patches" if {"kept", "patches"} <= keep.keys() else ""
 
 
-def sentence(record: Record, rows: list[Record], val: Columns) -> str:
+def metric_columns(task: type[Task]) -> list[Column]:
+    """The task's metrics as columns: shares in percent, but for those whose title names a unit."""
+    return [(key, title, plain if "," in title else percent) for key, title in task.titles.items()]
+
+
+def sentence(record: Record, rows: list[Record], val: Columns, task: type[Task]) -> str:
     """The result of the run in one sentence, from what is known of it; it stands under the method's name."""
-    top1: dict[str, Any] = {role: row_of(rows, role).get("top1") for role in ("student", "baseline", "teacher")}
-    student, baseline, teacher = top1["student"], top1["baseline"], top1["teacher"]
+    reached: dict[str, Any] = {role: row_of(rows, role).get(task.headline) for role in ("student", "baseline", "teacher")}
+    student, baseline, teacher = reached["student"], reached["baseline"], reached["teacher"]
     if not known(student):
         return "Not evaluated yet."
-    text = f"Student {percent(student)} top-1"
+    text = f"Student {percent(student)} {task.titles[task.headline]}"
     if not record.get("result"):
         step = last(val, "step")
         text += " so far" + (f" (step {step:.0f})" if step is not None else "")
@@ -94,6 +110,29 @@ def sentence(record: Record, rows: list[Record], val: Columns) -> str:
         if known(full) and known(part) and full:
             text += f": {percent(part / full, 0)} of its multiply-adds"
     return text + "."
+
+
+def class_table(run_dir: Path, record: Record, rows: list[Record]) -> dict[str, Any]:
+    """The values of each class, in the order of the data: `class_columns` (title, role), `class_rows` (class, [(value, text)]), `classes`.
+
+    Of the student from the record, of the baseline from its own, of the teacher from its row of the result.
+    """
+    baseline = read_record(run_dir / "baseline") if (run_dir / "baseline" / "run.json").is_file() else {}
+    found = {
+        "student": record.get("per_class"),
+        "baseline": baseline.get("per_class"),
+        "teacher": row_of(rows, "teacher").get("per_class"),
+    }
+    titles = {"student": "student", "baseline": "labels only", "teacher": "teacher"}
+    shown = {role: values for role, values in found.items() if isinstance(values, dict) and values}
+    named = [str(name) for name in (record.get("data") or {}).get("classes") or []]
+    names = list(dict.fromkeys([*named, *(name for values in shown.values() for name in values)])) if shown else []
+    names = [name for name in names if any(known(values.get(name)) for values in shown.values())]
+    return {
+        "class_columns": [(titles[role], role) for role in shown],
+        "class_rows": [(name, [(v.get(name), percent(v.get(name))) for v in shown.values()]) for name in names[:MOST_CLASSES]],
+        "class_count": len(names),
+    }
 
 
 def who(record: Record) -> list[tuple[str, str]]:
@@ -114,18 +153,20 @@ def savings(record: Record) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def charts(record: Record, rows: list[Record], train: Columns, val: Columns, baseline_val: Columns) -> list[Chart]:
+def charts(record: Record, rows: list[Record], train: Columns, val: Columns, baseline_val: Columns, task: type[Task]) -> list[Chart]:
     """The curves for which there are numbers."""
-    teacher = row_of(rows, "teacher").get("top1")
+    key = task.headline
+    title = "Validation accuracy" if key == "top1" else f"Validation {task.titles[key]}"
+    teacher = row_of(rows, "teacher").get(key)
     level = 100 * teacher if known(teacher) else None
     terms = [name for name in train if name not in NOT_LOSSES]
     terms += [name.removeprefix("val_") for name in val if name.startswith("val_") and name.removeprefix("val_") not in terms]
     style = {"total": "total"} | {name: f"term-{i % 6}" for i, name in enumerate(name for name in terms if name != "total")}
-    top1 = [curve("student", "student", val, "top1", 100), curve("student, labels only", "baseline", baseline_val, "top1", 100)]
+    reached = [curve("student", "student", val, key, 100), curve("student, labels only", "baseline", baseline_val, key, 100)]
     shown = [curve(f"teacher on {kept(record)}", "teacher", val, "teacher_top1", 100)] if kept(record) else []
     curriculum = "The teacher's own accuracy on the patches it was shown. The paper saw it rise as the student learns to look."
     found = [
-        chart("Validation accuracy", [*top1, Line("teacher", "teacher", level=level)], unit="%"),
+        chart(title, [*reached, Line("teacher", "teacher", level=level)], unit="%"),
         chart(
             "The teacher on what it was shown",
             [*shown, Line("teacher on whole pictures", "teacher level", level=level)],
@@ -136,6 +177,44 @@ def charts(record: Record, rows: list[Record], train: Columns, val: Columns, bas
         chart("Validation loss", [curve(name, style[name], val, f"val_{name}") for name in style]),
     ]
     return [drawn for drawn in found if drawn]
+
+
+MASK_CHARTS = {
+    "mask_mean": ("Mean value of the masks", "Near 0 nothing is copied: the masks have collapsed."),
+    "dice": ("How alike the masks are", "Dice coefficient, mean over pairs: 1 when all masks are the same."),
+    "corr": (
+        "Masks and difference",
+        "Correlation of the masks with |F_T \N{MINUS SIGN} F_S|: above 0 they are on what the student still lacks.",
+    ),
+}
+
+
+def mask_charts(watch: Columns) -> list[Chart]:
+    """What the method watches, over the training: figures of one kind (mask_mean_spatial, mask_mean_channel) share a chart."""
+    kinds: dict[str, list[str]] = {}
+    for name in watch:
+        if name not in ("step", "epoch"):
+            kinds.setdefault(next((kind for kind in MASK_CHARTS if name.startswith(kind)), name), []).append(name)
+    found = []
+    for kind in sorted(kinds, key=lambda kind: [*MASK_CHARTS, kind].index(kind)):
+        title, note = MASK_CHARTS.get(kind, (kind.replace("_", " "), ""))
+        lines = [
+            curve(name.removeprefix(kind).strip("_").replace("_", " ") or kind.replace("_", " "), f"term-{i % 6}", watch, name)
+            for i, name in enumerate(kinds[kind])
+        ]
+        warning = [Line("collapse below", "warn level", level=COLLAPSED)] if kind == "mask_mean" else []
+        found.append(chart(title, [*lines, *warning], note=note))
+    return [drawn for drawn in found if drawn]
+
+
+def legend(snapshots: list[Snapshot], classes: list[str]) -> list[tuple[str, str]]:
+    """The colours of the classes where pictures have labels drawn in: (name, CSS colour). None if there are too many to tell apart."""
+    if not snapshots or not snapshots[-1].drawn or len(classes) > MOST_COLOURS:
+        return []
+    from stillhouse.tasks.colours import BACKGROUND, colours
+
+    painted = zip(classes, colours(len(classes)), strict=True)
+    return [(name, f"rgb{colour}") for name, colour in painted if name.lower() not in BACKGROUND]
 
 
 def curve(name: str, style: str, columns: Columns, column: str, scale: float = 1) -> Line:

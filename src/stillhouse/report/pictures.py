@@ -1,10 +1,11 @@
-"""The pictures of a run as data URIs: each image, and over the training its saliency and what the teacher was shown of it."""
+"""The pictures of a run as data URIs: each image, and over the training what the student looked at, answered and chose to copy."""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,30 @@ LONGEST_SIDE = 160  # pixels of a stored picture: the page shows them smaller, a
 PIXELATED_BELOW = 65  # a longer side than this is shown smoothly
 STUDENT_COLOUR = (224, 112, 40)
 MAP_TITLES = {"saliency": "student looks", "shown": "teacher sees"}
+DRAWN_SIDE, DRAWN_QUALITY = 192, 75  # boxes and masks over photographs: larger, so that they can be told apart, and as JPEG
+MOST_MASKS, MASK_SIDE, MOST_CHANNELS = 8, 40, 160  # of each picture and moment; a strip has a pixel a channel
+MASK_RAMP = ((20, 22, 26), (112, 48, 20), STUDENT_COLOUR, (255, 236, 205))
+DIFFERENCE_RAMP = ((20, 22, 26), (43, 100, 168), (232, 241, 250))
+
+Values = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What was stored at one step: images uint8 [n,C,H,W], labels int [n], maps {name: float [n,h,w]}."""
+    """What was stored at one step.
+
+    Images uint8 [n,C,H,W]; labels int [n] or None; maps to lay over them {name: float [n,h,w]}; `drawn`, ready pictures of labels and
+    answers {name: uint8 [n,3,H,W]}; masks in [0,1] in order [float [n,h,w]]; their difference float [n,h,w]; channel masks float [n,M,C].
+    """
 
     step: int
     images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    maps: dict[str, NDArray[np.floating[Any]]]
+    labels: NDArray[np.int64] | None
+    maps: dict[str, Values]
+    drawn: dict[str, NDArray[np.uint8]]
+    masks: list[Values]
+    difference: Values | None
+    channels: Values | None
 
 
 def read_snapshots(run_dir: Path) -> tuple[list[Snapshot], list[str]]:
@@ -38,9 +53,8 @@ def read_snapshots(run_dir: Path) -> tuple[list[Snapshot], list[str]]:
         try:
             step = int(path.stem.removeprefix("step-"))
             with safe_open(path, framework="numpy") as file:
-                missing = {"images", "labels"} - set(file.keys())
-            if missing:
-                raise ValueError(f"it holds no {' and no '.join(sorted(missing))}")
+                if "images" not in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                    raise ValueError("it holds no images")
             found[step] = path
         except (ValueError, OSError, SafetensorError) as error:
             notes.append(f"pictures/{path.name} was left out: {error}")
@@ -54,37 +68,123 @@ def read_snapshots(run_dir: Path) -> tuple[list[Snapshot], list[str]]:
 def _read(path: Path, step: int) -> Snapshot:
     with safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    images, labels = tensors.pop("images"), tensors.pop("labels")
-    return Snapshot(step, images, labels, {name: values for name, values in tensors.items() if values.ndim == 3})
+    images, labels, channels, difference = (tensors.pop(name, None) for name in ("images", "labels", "channels", "difference"))
+    drawn = {name.removeprefix("drawn/"): tensors.pop(name) for name in list(tensors) if name.startswith("drawn/")}
+    numbers = sorted(int(name.removeprefix("mask ")) for name in tensors if re.fullmatch(r"mask \d+", name))
+    masks = [tensors.pop(f"mask {number}") for number in numbers]
+    maps = {name: values for name, values in tensors.items() if values.ndim == 3}
+    assert images is not None
+    return Snapshot(step, images, labels, maps, drawn, masks, difference, channels)
 
 
 def picture_cards(snapshots: list[Snapshot], classes: list[str]) -> list[dict[str, Any]]:
-    """One card an image: its class, the plain picture, and one row a map with a picture for each snapshot."""
+    """One card an image.
+
+    `label`, its class ("" where a picture has none); `picture`; `rows`, a row a map with a picture for each snapshot; `answers`, the ready
+    pictures: (title, place among the moments or None, picture); `masks`, a row a snapshot (`_mask_rows`), and `columns`, their heads.
+    """
     if not snapshots:
         return []
     names = [name for name in sorted(snapshots[0].maps) if all(name in snapshot.maps for snapshot in snapshots)]
     count = min(MOST_IMAGES, *(len(snapshot.images) for snapshot in snapshots))
+    last = snapshots[-1]
+    store = photograph if last.drawn else data_uri
     cards = []
     for i in range(count):
-        label = int(snapshots[-1].labels[i])
         rows = [
             {
                 "title": MAP_TITLES.get(name, name),
                 "name": name,
-                "pictures": [data_uri(drawn(s.images[i], name, s.maps[name][i])) for s in snapshots],
+                "pictures": [store(drawn(s.images[i], name, s.maps[name][i])) for s in snapshots],
             }
             for name in names
         ]
-        image = as_rgb(snapshots[-1].images[i])
+        image = as_rgb(last.images[i], DRAWN_SIDE if last.drawn else LONGEST_SIDE)
         cards.append(
             {
-                "label": classes[label] if 0 <= label < len(classes) else str(label),
-                "picture": data_uri(image),
+                "label": _label(last.labels, i, classes),
+                "picture": store(image),
                 "pixelated": max(image.size) < PIXELATED_BELOW,
                 "rows": rows,
+                "answers": _answers(snapshots, i),
+                "columns": _mask_columns(snapshots),
+                "masks": _mask_rows(snapshots, i),
             }
         )
     return cards
+
+
+def masks_left_out(snapshots: list[Snapshot]) -> int:
+    """How many masks are not in the cards."""
+    return max([0, *(len(snapshot.masks) - MOST_MASKS for snapshot in snapshots)])
+
+
+def _label(labels: NDArray[np.int64] | None, i: int, classes: list[str]) -> str:
+    if labels is None:
+        return ""
+    label = int(labels[i])
+    return classes[label] if 0 <= label < len(classes) else str(label)
+
+
+def _answers(snapshots: list[Snapshot], i: int) -> list[tuple[str, int | None, str]]:
+    """Labels and the frozen teacher's answer once, the student's at every moment: (title, moment, picture)."""
+    found: list[tuple[str, int | None, str]] = []
+    for name in ("labels", "teacher"):
+        if name in snapshots[-1].drawn:
+            found.append((name, None, photograph(as_rgb(snapshots[-1].drawn[name][i], DRAWN_SIDE))))
+    for moment, snapshot in enumerate(snapshots):
+        if "student" in snapshot.drawn:
+            found.append(("student", moment, photograph(as_rgb(snapshot.drawn["student"][i], DRAWN_SIDE))))
+    return found
+
+
+def _mask_columns(snapshots: list[Snapshot]) -> list[str]:
+    masks = min([MOST_MASKS, *(len(snapshot.masks) for snapshot in snapshots)])
+    compared = all(snapshot.difference is not None for snapshot in snapshots)
+    return ["difference"] * compared + [f"mask {number + 1}" for number in range(masks)]
+
+
+def _mask_rows(snapshots: list[Snapshot], i: int) -> list[dict[str, Any]]:
+    """A row a snapshot: `pictures` of the columns, `channels` (a strip, or "")."""
+    columns = _mask_columns(snapshots)
+    rows = []
+    for snapshot in snapshots:
+        pictures = [] if "difference" not in columns else [data_uri(heat(own_scale(snapshot.difference[i]), DIFFERENCE_RAMP))]  # type: ignore[index]
+        masks = snapshot.masks[: len(columns) - len(pictures)]
+        strip = "" if snapshot.channels is None else data_uri(channel_strip(snapshot.channels[i]))
+        rows.append({"pictures": pictures + [data_uri(heat(mask[i], MASK_RAMP)) for mask in masks], "channels": strip})
+    return rows if columns or any(row["channels"] for row in rows) else []
+
+
+def heat(values: Values, ramp: tuple[tuple[int, int, int], ...], longest: int = MASK_SIDE) -> Image.Image:
+    """Values [h,w] as colours of a ramp, 0 its first and 1 its last, one pixel each; more than `longest` a side are averaged."""
+    height, width = values.shape
+    scale = max(1.0, max(height, width) / longest)
+    finite = Image.fromarray(np.clip(np.nan_to_num(values.astype(np.float32)), 0, 1))
+    if scale > 1:
+        finite = finite.resize((max(1, round(width / scale)), max(1, round(height / scale))), Image.Resampling.BOX)
+    picture = Image.fromarray((255 * np.asarray(finite)).round().astype(np.uint8)).convert("P")
+    stops = np.linspace(0, 255, len(ramp))
+    picture.putpalette(
+        np.stack([np.interp(np.arange(256), stops, channel) for channel in zip(*ramp, strict=True)], 1).round().astype(np.uint8).tobytes()
+    )
+    return picture
+
+
+def own_scale(values: Values) -> Values:
+    """Values between their least and their largest as shares in [0,1]; 0 where all are alike or none is finite."""
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    return (values - low) / (high - low) if math.isfinite(high - low) and high > low else np.zeros_like(values)
+
+
+def channel_strip(values: Values) -> Image.Image:
+    """Channel masks [M,C] in [0,1]: a row of pixels a mask, a pixel a channel; more than MOST_CHANNELS are averaged with neighbours."""
+    group = -(-values.shape[1] // MOST_CHANNELS)
+    edges = np.arange(0, values.shape[1], group)
+    means = np.add.reduceat(np.nan_to_num(values.astype(np.float64)), edges, axis=1) / np.diff([*edges, values.shape[1]])
+    return heat(means, MASK_RAMP, longest=MOST_CHANNELS)
 
 
 def drawn(image: NDArray[np.uint8], name: str, values: NDArray[np.floating[Any]]) -> Image.Image:
@@ -92,12 +192,12 @@ def drawn(image: NDArray[np.uint8], name: str, values: NDArray[np.floating[Any]]
     return what_was_shown(image, values) if name == "shown" else overlaid(image, values)
 
 
-def as_rgb(image: NDArray[np.uint8]) -> Image.Image:
-    """uint8 [C,H,W] to a picture of at most LONGEST_SIDE; other than three channels are shown as their mean, in grey."""
+def as_rgb(image: NDArray[np.uint8], longest: int = LONGEST_SIDE) -> Image.Image:
+    """uint8 [C,H,W] to a picture of at most `longest` a side; other than three channels are shown as their mean, in grey."""
     pixels = image.transpose(1, 2, 0) if len(image) == 3 else np.repeat(image.mean(0).round().astype(np.uint8)[..., None], 3, axis=2)
     picture = Image.fromarray(np.ascontiguousarray(pixels))
-    if max(picture.size) > LONGEST_SIDE:
-        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    if max(picture.size) > longest:
+        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     return picture
 
 
@@ -110,10 +210,7 @@ def what_was_shown(image: NDArray[np.uint8], shown: NDArray[np.floating[Any]]) -
 
 def overlaid(image: NDArray[np.uint8], saliency: NDArray[np.floating[Any]]) -> Image.Image:
     """The picture in dim grey under the student's colour, which is the stronger the higher the saliency [h,w]."""
-    values = saliency.astype(np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    share = (values - low) / (high - low) if math.isfinite(high - low) and high > low else np.zeros_like(values)
+    share = own_scale(saliency)
     picture = as_rgb(image)
     grey = picture.convert("L").point(lambda v: round(0.75 * v)).convert("RGB")
     colour = Image.new("RGB", picture.size, STUDENT_COLOUR)
@@ -130,3 +227,12 @@ def data_uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def photograph(picture: Image.Image) -> str:
+    """A JPEG that needs no file, or a PNG where pixels are to be seen or some are transparent."""
+    if max(picture.size) < PIXELATED_BELOW or picture.mode == "RGBA":
+        return data_uri(picture)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=DRAWN_QUALITY, optimize=True, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -29,6 +29,11 @@ def read_record(run_dir: str | Path) -> dict[str, Any]:
     return record
 
 
+def task_of(record: dict[str, Any]) -> str:
+    """What the run is for; runs of before there was a choice classify."""
+    return str(record.get("task") or "classify")
+
+
 def read_columns(path: Path) -> Columns:
     """The columns of a CSV file of numbers, all of one length; {} without the file. What is no number is NaN (a run may be writing)."""
     if not path.is_file():
@@ -58,18 +63,18 @@ def role_of(row: str) -> str:
     return "baseline" if "labels only" in row else "student"
 
 
-def results(record: dict[str, Any], val: Columns, baseline_val: Columns) -> list[dict[str, Any]]:
-    """The rows of the result, each with its "role". Before there is one: the models' sizes and the last evaluations."""
+def results(record: dict[str, Any], val: Columns, baseline_val: Columns, headline: str) -> list[dict[str, Any]]:
+    """The rows of the result, each with its "role". Before there is one: the models' sizes and the last evaluations of the headline."""
     rows = record.get("result")
     if not rows:
         models = record.get("models") or {}
         method = record.get("method", "distilled")
         rows = [
             {"row": "teacher", **(models.get("teacher") or {})},
-            {"row": f"student ({method})", **(models.get("student") or {}), "top1": last(val, "top1")},
-            {"row": "student, labels only", **(models.get("student") or {}), "top1": last(baseline_val, "top1")},
+            {"row": f"student ({method})", **(models.get("student") or {}), headline: last(val, headline)},
+            {"row": "student, labels only", **(models.get("student") or {}), headline: last(baseline_val, headline)},
         ]
-        rows = [row for row in rows if row.get("top1") is not None or ("params" in row and "labels only" not in row["row"])]
+        rows = [row for row in rows if row.get(headline) is not None or ("params" in row and "labels only" not in row["row"])]
     return [{**row, "role": role_of(str(row.get("row", "")))} for row in rows]
 
 

@@ -31,14 +31,17 @@ def _run(run: Any) -> None:
     from rich.table import Table
 
     from stillhouse.report.numbers import milliseconds, percent, si
+    from stillhouse.report.run_folder import task_of
+    from stillhouse.tasks import find
 
-    facts = run.facts
+    facts, task = run.facts, find(task_of(run.facts))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
-    for name in ("top-1", "parameters", "mult-adds", "step"):
+    for name in (task.titles[task.headline], "parameters", "mult-adds", "step"):
         table.add_column(name, justify="right", no_wrap=True)
+    costs = {"params": si, "macs": si, "step_ms": milliseconds}
     for row in facts["result"]:
-        table.add_row(row["row"], percent(row["top1"]), si(row["params"]), si(row["macs"]), milliseconds(row["step_ms"]))
+        table.add_row(row["row"], percent(row.get(task.headline)), *(write(row.get(key)) for key, write in costs.items()))
     Console().print(table)
     saved = facts.get("savings")
     if saved:
@@ -47,6 +50,8 @@ def _run(run: Any) -> None:
         if saved["step_ms_full"]:
             line += f"; a step took {percent(saved['step_ms_kept'] / saved['step_ms_full'])} of the time with the whole teacher"
         print(line)
+    for alarm in facts.get("alarms") or []:
+        print(f"warning: {alarm}")
     print(f"report: {run.report}")
 
 
@@ -75,8 +80,9 @@ def _findings(findings: Any) -> None:
 
 
 def _metrics(metrics: dict[str, float]) -> None:
+    width = max(12, *map(len, metrics))
     for name, value in metrics.items():
-        print(f"{name:>12}  {value:.4f}")
+        print(f"{name:>{width}}  {value:.4f}")
 
 
 def print_estimate(rows: list[dict[str, Any]], console: Console | None = None) -> None:
@@ -88,6 +94,8 @@ def print_estimate(rows: list[dict[str, Any]], console: Console | None = None) -
     from stillhouse.report.numbers import si
 
     console = console or Console()
+    if "of_features" in rows[0]:
+        return _print_dense_estimate(rows, console)
     table = Table(title="What a training step costs here", box=SIMPLE_HEAD, pad_edge=False, padding=0)
     for column in ("", "teacher\nMACs", "step\nms", "x plain", "x full KD", "bound\nms", "x bound", "memory"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -107,6 +115,25 @@ def print_estimate(rows: list[dict[str, Any]], console: Console | None = None) -
     for row in rows:
         if row["refused"]:
             console.print(f"{row['method']} cannot be used here: {row['refused']}", markup=False)
+
+
+def _print_dense_estimate(rows: list[dict[str, Any]], console: Console) -> None:
+    """The rows of `estimate` for networks that detect or segment."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from stillhouse.report.numbers import si
+
+    table = Table(title="What a training step costs here", box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    for column in ("", "step\nms", "x plain", "x feature KD", "memory", "above plain"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        times = [f"{1000 * row['step_s'].median:.0f}", _with_spread(row["of_plain"]), _with_spread(row["of_features"])]
+        table.add_row(row["name"], *times, f"{si(row['memory_bytes'])}B", f"{si(row['above_plain'])}B" if row["above_plain"] else "")
+    console.print(table)
+    console.print(
+        f"Medians ± half the distance between quartiles. Memory: one step's peak beyond what is held before it ({rows[0]['memory_of']})."
+    )
 
 
 def _with_spread(measured: Ratio) -> str:

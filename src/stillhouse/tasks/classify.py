@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from stillhouse.errors import UserError
+from stillhouse.models.outputs import logits_of
+from stillhouse.tasks.base import Task
+from stillhouse.tasks.colours import as_rgb
 
 BINS = 15
 
 
-class Classify(Metric):
-    """Accuracy, likelihood and calibration of a student, and how it compares with its teacher, over all batches of all processes.
+class Classify(Task):
+    """Accuracy, likelihood and calibration of a student, and how it compares with its teacher.
 
-    A torchmetrics metric: `update` with each batch, `compute` at the end, `reset` before the next pass. Its state is sums and not lists:
-    it does not grow with the data, and processes with different numbers of batches agree. Everything is in fp32; `update` does not wait
-    for the device.
+    Its state is sums and not lists: it does not grow with the data, and processes with different numbers of batches agree. Everything is in
+    fp32; `update` does not wait for the device.
 
     Args:
-        classes: how many there are, at least two.
+        classes: their names, at least two.
+        sync_on_compute: as for `Task`.
 
     Raises:
         UserError: if there are fewer.
     """
 
-    full_state_update = False
+    headline: ClassVar[str] = "top1"
+    titles: ClassVar[dict[str, str]] = {
+        "top1": "top-1",
+        "top5": "top-5",
+        "nll": "NLL, nats",
+        "ece": "calibration error",
+        "agreement": "agrees with teacher",
+    }
+    least_classes: ClassVar[int] = 2
+
     samples: Tensor
     top1: Tensor
     top5: Tensor
@@ -35,40 +48,35 @@ class Classify(Metric):
     teacher_top1: Tensor
     bin_gap: Tensor
 
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        if classes < 2:
-            raise UserError(f"classes={classes}, expected at least two")
-        self.classes = classes
+    def __init__(self, classes: list[str], *, sync_on_compute: bool = True) -> None:
+        super().__init__(classes, sync_on_compute=sync_on_compute)
         for count in ("samples", "top1", "top5", "compared", "agreement", "teacher_top1"):
             self.add_state(count, torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("nll", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("bin_gap", torch.zeros(BINS), dist_reduce_fx="sum")
 
-    def update(self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> None:
-        """Add a batch: logits [B, K] and class numbers [B]; the teacher's logits [B, K] for `agreement` and `teacher_top1`.
+    def update(self, output: Any, targets: Tensor, teacher_output: Any = None) -> None:
+        """Add a batch: outputs with logits [B, K] and class numbers [B]; the teacher's output for `agreement` and `teacher_top1`.
 
         Raises:
             UserError: if the shapes do not meet.
         """
-        for name, logits in (("student", student_logits), ("teacher", teacher_logits)):
-            if logits is not None and logits.shape != (len(labels), self.classes):
-                raise UserError(f"the {name}'s logits have the shape {tuple(logits.shape)}, expected ({len(labels)}, {self.classes})")
+        student_logits = self._logits("student", output, targets)
         log_probs = student_logits.detach().float().log_softmax(dim=-1)
         guess = log_probs.argmax(dim=-1)
-        right = guess == labels
-        self.samples += len(labels)
+        right = guess == targets
+        self.samples += len(targets)
         self.top1 += right.sum()
-        self.top5 += (log_probs.topk(min(5, self.classes)).indices == labels[:, None]).sum()
-        self.nll -= log_probs.gather(1, labels[:, None]).sum()
+        self.top5 += (log_probs.topk(min(5, len(self.classes))).indices == targets[:, None]).sum()
+        self.nll -= log_probs.gather(1, targets[:, None]).sum()
         confidence = log_probs.gather(1, guess[:, None])[:, 0].exp()
         bins = (confidence * BINS).long().clamp(max=BINS - 1)
         self.bin_gap.scatter_add_(0, bins, right.float() - confidence)
-        if teacher_logits is not None:
-            teacher_guess = teacher_logits.detach().argmax(dim=-1)
-            self.compared += len(labels)
+        if teacher_output is not None:
+            teacher_guess = self._logits("teacher", teacher_output, targets).detach().argmax(dim=-1)
+            self.compared += len(targets)
             self.agreement += (guess == teacher_guess).sum()
-            self.teacher_top1 += (teacher_guess == labels).sum()
+            self.teacher_top1 += (teacher_guess == targets).sum()
 
     def compute(self) -> dict[str, float]:
         """Means over samples.
@@ -88,3 +96,20 @@ class Classify(Metric):
         if compared:
             result |= {name: float(getattr(self, name)) / compared for name in ("agreement", "teacher_top1")}
         return result
+
+    @property
+    def chance(self) -> float:
+        """1/K, and two standard errors of it on the samples that were measured."""
+        share = 1 / len(self.classes)
+        return share + 2 * (share * (1 - share) / max(1, int(self.samples))) ** 0.5
+
+    @staticmethod
+    def draw(images: Tensor, what: Any, classes: list[str], score: float = 0.3) -> Tensor:
+        """The images alone, with three channels: a class is a word."""
+        return as_rgb(images)
+
+    def _logits(self, role: str, output: Any, targets: Tensor) -> Tensor:
+        logits, expected = logits_of(output), (len(targets), len(self.classes))
+        if logits.shape != expected:
+            raise UserError(f"the {role}'s logits have the shape {tuple(logits.shape)}, expected {expected}")
+        return logits
