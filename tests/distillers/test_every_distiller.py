@@ -17,34 +17,57 @@ from stillhouse.distillers.base import Clock, Distiller
 from stillhouse.distillers.classics.scratch import Scratch
 from stillhouse.models.preprocessing import Preprocessing, set_preprocessing
 from stillhouse.randomness import samples
-from tests.conftest import CLASSES, images, labels, tiny
+from tests.conftest import CLASSES, boxes, images, labels, masks, tiny, tiny_detector, tiny_segmenter
 
 METHODS = sorted(distillers.modules())
 EVERY = pytest.mark.parametrize("name", METHODS)
 TAUGHT = pytest.mark.parametrize("name", [name for name in METHODS if "teacher" in inspect.signature(distillers.find(name)).parameters])
 
 
+def kind_of(name: str) -> str:
+    """What the method is tried on: the first of its tasks."""
+    return distillers.find(name).tasks[0]
+
+
+def student_for(name: str, seed: int = 1) -> nn.Module:
+    return {"classify": tiny, "detect": tiny_detector, "segment": tiny_segmenter}[kind_of(name)](seed=seed)
+
+
+def teacher_for(name: str) -> nn.Module:
+    """With dropout where it is easily had, to be seen if the teacher is ever in training mode."""
+    if kind_of(name) == "classify":
+        return tiny("deit3_small_patch16_224", seed=2, embed_dim=48, proj_drop_rate=0.5)
+    return tiny_detector(seed=2, width=16) if kind_of(name) == "detect" else tiny_segmenter(seed=2, width=16, drop=0.5)
+
+
 def make(name: str, student: nn.Module | None = None, teacher: nn.Module | None = None, **settings: Any) -> Distiller:
-    """The method with a small student and a teacher that has dropout, to be seen if it is ever in training mode."""
-    kind, student = distillers.find(name), student or tiny(seed=1)
+    """The method with a small student and teacher."""
+    kind, student = distillers.find(name), student or student_for(name)
     taught = "teacher" in inspect.signature(kind).parameters
-    teachers = {"teacher": teacher or tiny("deit3_small_patch16_224", seed=2, embed_dim=48, proj_drop_rate=0.5)} if taught else {}
+    teachers = {"teacher": teacher or teacher_for(name)} if taught else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return kind(student, **teachers, **settings).train()
 
 
-def batch(size: int = 8) -> tuple[Tensor, Tensor]:
-    return images(size), labels(size)
+def batch(size: int = 8, task: str = "classify") -> tuple[Any, Any]:
+    if task == "detect":
+        return list(images(size).sigmoid()), boxes(size)
+    return images(size), labels(size) if task == "classify" else masks(size)
 
 
-def terms_of(distiller: Distiller, data: tuple[Tensor, Tensor], first: int = 0) -> dict[str, Tensor]:
+def data_for(name: str) -> tuple[Any, Any]:
+    return batch(task=kind_of(name))
+
+
+def terms_of(distiller: Distiller, data: tuple[Any, Any], first: int = 0) -> dict[str, Tensor]:
     """The terms, with random choices made as the training loop makes them: by sample, not by batch."""
+    torch.manual_seed(0)  # dropout
     with samples(0, 0, torch.arange(first, first + len(data[0]))):
         return distiller(data)
 
 
-def gradients(distiller: Distiller, data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def gradients(distiller: Distiller, data: tuple[Any, Any]) -> dict[str, Tensor]:
     distiller.zero_grad()
     sum(terms_of(distiller, data).values()).backward()
     return {name: parameter.grad.clone() for name, parameter in distiller.named_parameters() if parameter.grad is not None}
@@ -66,7 +89,9 @@ def test_all_are_found() -> None:
 @EVERY
 @pytest.mark.parametrize("soft", [False, True], ids=["classes", "soft labels"])
 def test_every_term_is_a_finite_named_scalar(name: str, soft: bool) -> None:
-    pictures, classes = batch()
+    if soft and kind_of(name) != "classify":
+        pytest.skip("only class labels can be soft")
+    pictures, classes = data_for(name)
     targets = torch.randn(8, CLASSES).softmax(-1) if soft else classes
     terms = terms_of(make(name), (pictures, targets))
     assert terms
@@ -80,14 +105,15 @@ def test_every_term_is_a_finite_named_scalar(name: str, soft: bool) -> None:
 
 @EVERY
 def test_off_is_plain_training_bit_for_bit(name: str) -> None:
-    distiller, plain = make(name, **distillers.find(name).off), Scratch(tiny(seed=1)).train()
-    ours, theirs = gradients(distiller, batch()), gradients(plain, batch())
+    distiller, plain = make(name, **distillers.find(name).off), Scratch(student_for(name)).train()
+    data = data_for(name)
+    ours, theirs = gradients(distiller, data), gradients(plain, data)
     assert theirs
     for key, gradient in theirs.items():
         assert torch.equal(ours[key], gradient), key
     for key in ours.keys() - theirs.keys():
         assert not ours[key].any(), f"{key} learns although only the labels count"
-    assert sum(terms_of(distiller, batch()).values()).item() == terms_of(plain, batch())["ce"].item()
+    assert sum(terms_of(distiller, data).values()).item() == sum(terms_of(plain, data).values()).item()
 
 
 @EVERY
@@ -100,7 +126,7 @@ def test_a_step_moves_the_student_and_leaves_the_frozen_untouched(name: str) -> 
             id(p) for key in distiller.frozen if getattr(distiller, key) for p in getattr(distiller, key).parameters()
         }
         optimizer = torch.optim.AdamW(turn.parameters, lr=0.1)
-        sum(distiller(batch(), turn=turn.name).values()).backward()
+        sum(distiller(data_for(name), turn=turn.name).values()).backward()
         optimizer.step()
     distiller.after_update(Clock(step=1, steps=10, epoch=0, epochs=1))
     assert any(not torch.equal(value, student[key]) for key, value in distiller.student.state_dict().items())
@@ -113,7 +139,7 @@ def test_a_step_moves_the_student_and_leaves_the_frozen_untouched(name: str) -> 
 @EVERY
 def test_gradients_are_finite_and_reach_only_who_learns(name: str) -> None:
     distiller = make(name)
-    found = gradients(distiller, batch())
+    found = gradients(distiller, data_for(name))
     assert all(gradient.isfinite().all() for gradient in found.values())
     learning = {id(parameter) for turn in distiller.turns() for parameter in turn.parameters}
     for key, parameter in distiller.named_parameters():
@@ -137,7 +163,7 @@ def test_the_teacher_is_in_eval_mode_whatever_train_says(name: str) -> None:
 @EVERY
 def test_forward_is_deterministic(name: str) -> None:
     distiller = make(name)
-    first, second = terms_of(distiller, batch()), terms_of(distiller, batch())
+    first, second = terms_of(distiller, data_for(name)), terms_of(distiller, data_for(name))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -145,7 +171,7 @@ def test_forward_is_deterministic(name: str) -> None:
 @EVERY
 def test_a_batch_is_the_mean_of_its_parts(name: str) -> None:
     """Accumulation and the number of processes change neither the loss nor its gradient."""
-    distiller, (pictures, classes) = make(name), batch()
+    distiller, (pictures, classes) = make(name), data_for(name)
     whole, gradient = terms_of(distiller, (pictures, classes)), gradients(distiller, (pictures, classes))
     distiller.zero_grad()
     parts = [terms_of(distiller, (pictures[i : i + 2], classes[i : i + 2]), first=i) for i in range(0, 8, 2)]
@@ -162,11 +188,11 @@ def test_a_batch_is_the_mean_of_its_parts(name: str) -> None:
 def test_runs_under_bf16_autocast(name: str) -> None:
     distiller = make(name)
     with torch.autocast("cpu", torch.bfloat16):
-        terms = terms_of(distiller, batch())
+        terms = terms_of(distiller, data_for(name))
     sum(terms.values()).backward()
     assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
     assert all(p.grad.isfinite().all() for turn in distiller.turns() for p in turn.parameters if p.grad is not None)
-    full = terms_of(make(name), batch())
+    full = terms_of(make(name), data_for(name))
     for key, term in terms.items():
         torch.testing.assert_close(term, full[key], rtol=0.1, atol=0.05)
 
@@ -179,7 +205,7 @@ def test_state_round_trips_without_the_frozen(name: str) -> None:
     assert all(isinstance(value, Tensor) for value in state.values()), "checkpoints hold tensors, never pickles"
     assert not [key for key in state if key.split(".")[0] in distiller.frozen]
     assert [key for key in state if key.startswith("student.")]
-    other = make(name, student=tiny(seed=7))
+    other = make(name, student=student_for(name, seed=7))
     assert any(not torch.equal(value, state[key]) for key, value in other.state_dict().items())
     before = copy.deepcopy(frozen_state(other))
     other.load_state_dict(state)
@@ -187,8 +213,8 @@ def test_state_round_trips_without_the_frozen(name: str) -> None:
         assert torch.equal(value, state[key]), key
     for key, value in frozen_state(other).items():
         assert torch.equal(value, before[key])
-    for key, term in terms_of(other, batch()).items():
-        assert torch.equal(term, terms_of(distiller, batch())[key])
+    for key, term in terms_of(other, data_for(name)).items():
+        assert torch.equal(term, terms_of(distiller, data_for(name))[key])
 
 
 @EVERY
@@ -215,25 +241,28 @@ def test_a_missing_or_unknown_key_is_still_an_error(name: str) -> None:
 def test_a_copy_is_on_its_own(name: str) -> None:
     """An EMA of the student is a deepcopy, taken after steps were made."""
     distiller = make(name)
-    terms = terms_of(distiller, batch())
+    terms = terms_of(distiller, data_for(name))
     copied = copy.deepcopy(distiller)
-    assert all(torch.equal(terms_of(copied, batch())[key], term) for key, term in terms.items())
+    assert all(torch.equal(terms_of(copied, data_for(name))[key], term) for key, term in terms.items())
     with torch.no_grad():
         for parameter in copied.student.parameters():
             parameter.mul_(0.5)
-    assert all(torch.equal(terms_of(distiller, batch())[key], term) for key, term in terms.items())
+    assert all(torch.equal(terms_of(distiller, data_for(name))[key], term) for key, term in terms.items())
 
 
 @TAUGHT
 def test_the_teacher_sees_images_as_it_was_trained(name: str) -> None:
-    student, teacher = tiny(seed=1), tiny("deit3_small_patch16_224", seed=2)
+    if kind_of(name) == "detect":
+        pytest.skip("torchvision's detectors normalise for themselves")
+    student, teacher = student_for(name), teacher_for(name)
     set_preprocessing(student, Preprocessing((0.1, 0.2, 0.3), (0.5, 0.4, 0.3), 32))
     set_preprocessing(teacher, Preprocessing((0.4, 0.5, 0.6), (0.2, 0.25, 0.5), 32))
     distiller, seen, seen_by_student = make(name, student, teacher), [], []
-    teacher.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    student.patch_embed.register_forward_pre_hook(lambda module, inputs: seen_by_student.append(inputs[0]))
-    pictures = images()
-    terms_of(distiller, (pictures, labels()))
+    entry = "patch_embed" if kind_of(name) == "classify" else "backbone"
+    teacher.get_submodule(entry).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    student.get_submodule(entry).register_forward_pre_hook(lambda module, inputs: seen_by_student.append(inputs[0]))
+    pictures, targets = batch(2, kind_of(name))
+    terms_of(distiller, (pictures, targets))
 
     def column(*values: float) -> Tensor:
         return torch.tensor(values).view(-1, 1, 1)
@@ -250,13 +279,26 @@ def test_the_teacher_sees_images_as_it_was_trained(name: str) -> None:
 def test_what_may_be_drawn_are_maps_of_the_batch(name: str) -> None:
     distiller = make(name).eval()
     before = copy.deepcopy(distiller.state_dict())
-    for key, drawn in distiller.look(batch()).items():
-        assert re.fullmatch(r"[a-z_]+", key)
+    for key, drawn in distiller.look(data_for(name)).items():
+        assert re.fullmatch(r"[a-z_ 0-9]+", key)
         assert drawn.shape[0] == 8
         assert drawn.ndim == 3
         assert not drawn.requires_grad
         assert ((drawn >= 0) & (drawn <= 1)).all()
     assert all(torch.equal(value, before[key]) for key, value in distiller.state_dict().items())
+
+
+@EVERY
+def test_what_it_watches_are_finite_figures_that_cost_no_gradient(name: str) -> None:
+    distiller = make(name)
+    terms_of(distiller, data_for(name))
+    figures = distiller.watch()
+    for key, figure in figures.items():
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", key)
+        assert figure.shape == ()
+        assert figure.isfinite()
+        assert not figure.requires_grad
+    assert isinstance(distiller.alarm({key: float(figure) for key, figure in figures.items()}), str)
 
 
 @EVERY
@@ -269,6 +311,7 @@ def test_the_file_says_where_it_comes_from_and_how_it_is_run(name: str) -> None:
 @EVERY
 def test_every_setting_is_documented_and_has_a_default(name: str) -> None:
     text = distillers.find(name).__doc__ or ""
+    assert set(distillers.find(name).tasks) <= {"classify", "detect", "segment"}
     networks = {"student", "teacher"} & set(inspect.signature(distillers.find(name)).parameters)
     for setting in [*networks, *distillers.settings(name)]:
         assert re.search(rf"^\s+{setting}: \S", text, re.MULTILINE), f"{setting} is not in the class's Args"
@@ -285,8 +328,9 @@ def test_one_file_at_most_two_hundred_lines(name: str) -> None:
 
 
 @EVERY
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own, at torchvision's graph breaks
 def test_runs_compiled(name: str) -> None:
     distiller, plain = make(name), make(name)
     distiller.student.compile(backend="eager")
-    for key, term in terms_of(distiller, batch()).items():
-        torch.testing.assert_close(term, terms_of(plain, batch())[key], rtol=1e-5, atol=1e-6)
+    for key, term in terms_of(distiller, data_for(name)).items():
+        torch.testing.assert_close(term, terms_of(plain, data_for(name))[key], rtol=1e-5, atol=1e-6)

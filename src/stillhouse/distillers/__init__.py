@@ -1,6 +1,7 @@
 """The published ways to distil: one module a method, a folder a family. The folders are the registry.
 
-A method's name is its module's name; its class is the one `Distiller` that module defines.
+A method's name is its module's name; its class is the `Distiller` of that name (underscores and case aside) that module defines, or the
+only one.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def find(name: str | type[Distiller]) -> type[Distiller]:
 
     path = modules()[name]
     classes = [each for _, each in inspect.getmembers(importlib.import_module(path), inspect.isclass)]
-    return next(each for each in classes if issubclass(each, Distiller) and each.__module__ == path)
+    own = [each for each in classes if issubclass(each, Distiller) and each.__module__ == path]
+    return next((each for each in own if each.__name__.lower() == name.replace("_", "")), own[0])
 
 
 def settings(name: str | type[Distiller]) -> dict[str, inspect.Parameter]:

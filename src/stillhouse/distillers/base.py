@@ -68,6 +68,8 @@ class Distiller(nn.Module):
     """The names of the networks that never learn."""
     off: ClassVar[dict[str, Any]] = {"alpha": 0.0}
     """The settings under which only the labels count: training is then plain training, bit for bit."""
+    tasks: ClassVar[tuple[str, ...]] = ("classify",)
+    """What the method is for: classify, detect, segment."""
     teacher: Any
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
@@ -93,6 +95,14 @@ class Distiller(nn.Module):
         """What may be drawn for these images: named maps [B, h, w] in [0, 1], such as what the teacher was shown. Called in eval mode."""
         return {}
 
+    def watch(self) -> dict[str, Tensor]:
+        """Named figures (scalars, without gradient) of the last forward pass that are worth a curve but are not minimised."""
+        return {}
+
+    def alarm(self, figures: dict[str, float]) -> str:
+        """A sentence when these means of what `watch` returned say that the method does not do its work; by default none."""
+        return ""
+
     @property
     def product(self) -> nn.Module:
         """What is kept when the training is over."""
@@ -103,7 +113,7 @@ class Distiller(nn.Module):
         """The parts of the training, in order. One by default."""
         yield Stage("", cls(student, **({"teacher": teacher} if teacher is not None else {}), **settings), epochs)
 
-    def teach(self, images: Tensor, *args: Any) -> Any:
+    def teach(self, images: Any, *args: Any) -> Any:
         """The teacher's output on images that come as the student wants them, fed as the teacher was trained; without gradient."""
         assert self.teacher is not None
         with torch.no_grad():

@@ -19,8 +19,8 @@ def test_the_formula() -> None:
     terms = distiller(BATCH)
     f_S = student.get_intermediate_layers(BATCH[0], n=[1])[0]
     f_T = teacher.get_intermediate_layers(BATCH[0], n=[0])[0]
-    weight, bias = distiller.regressor.weight, distiller.regressor.bias
-    expected = 2.0 * ((f_S @ weight.T + bias - f_T) ** 2).mean()
+    weight, bias = distiller.regressor.levels[0].weight, distiller.regressor.levels[0].bias
+    expected = 2.0 * ((f_S @ weight[..., 0, 0].T + bias - f_T) ** 2).mean()
     torch.testing.assert_close(terms["hint"], expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(terms["ce"], F.cross_entropy(student(BATCH[0]), BATCH[1]))
 
@@ -28,9 +28,9 @@ def test_the_formula() -> None:
 def test_the_regressor_learns_along() -> None:
     distiller = FitNet(tiny(seed=1), tiny(seed=2, embed_dim=48))
     (turn,) = distiller.turns()
-    assert any(parameter is distiller.regressor.weight for parameter in turn.parameters)
+    assert any(parameter is distiller.regressor.levels[0].weight for parameter in turn.parameters)
     distiller(BATCH)["hint"].backward()
-    assert distiller.regressor.weight.grad.abs().sum() > 0
+    assert distiller.regressor.levels[0].weight.grad.abs().sum() > 0
     assert distiller.student.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
     assert distiller.student.blocks[1].mlp.fc1.weight.grad is None, "a hint in the middle teaches nothing behind it"
 

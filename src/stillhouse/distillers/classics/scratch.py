@@ -12,23 +12,22 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from stillhouse.distillers.base import Distiller
-from stillhouse.losses.logits import cross_entropy
-from stillhouse.models.outputs import logits_of
+from stillhouse.tasks.labels import label_losses
 
 
 class Scratch(Distiller):
-    """Plain training: cross-entropy with the labels, hard int64 [B] or soft [B, K].
+    """Plain training with the labels: class numbers or soft labels, masks, or boxes.
 
     Args:
-        student: a classifier, images [B, C, H, W] to logits [B, K].
+        student: a classifier, images [B, C, H, W] to logits [B, K]; a segmenter, to [B, K, h, w]; or a detector as torchvision's.
     """
 
+    tasks: ClassVar[tuple[str, ...]] = ("classify", "detect", "segment")
     off: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
 
-    def forward(self, batch: tuple[Tensor, Tensor], turn: str = "student") -> dict[str, Tensor]:
-        """`ce`: the cross-entropy."""
-        images, labels = batch
-        return {"ce": cross_entropy(logits_of(self.student(images)), labels)}
+    def forward(self, batch: tuple[Any, Any], turn: str = "student") -> dict[str, Tensor]:
+        """`ce`: the cross-entropy; for a detector its own terms."""
+        return label_losses(self.student, batch)

@@ -1,0 +1,1 @@
+"""Distillation of detectors and segmenters through their feature maps."""
