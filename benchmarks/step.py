@@ -1,6 +1,7 @@
 """What a step of MaskedKD costs beside what one would use instead: one process, everything in turn, ratios paired by round.
 
     python benchmarks/step.py --rounds 20 --out step.json      # deit_tiny from deit_base at 224 px; some minutes on two cores
+    python benchmarks/step.py --dense --out dense.json         # RetinaNet-R50 from R101 at 512 px: ACAM-KD, plain feature KD, plain training
     python benchmarks/step.py --smoke                          # the same on toy networks: does it run?
 
 Beside each other: plain training; timm's LogitDistillationTask; the step of MaskedKD written out by hand on timm's modules;
@@ -30,10 +31,13 @@ from stillhouse.data.transforms import eval_transform, train_transform
 from stillhouse.distillers.supervised.masked_kd import MaskedKD
 from stillhouse.masks.tokens import class_attention, highest, keep_count
 from stillhouse.measure.copies import with_frozen_weights
+from stillhouse.measure.dense import estimate_dense
 from stillhouse.measure.flops import macs
 from stillhouse.measure.timing import interleaved, ratio, spread
+from stillhouse.models.opening import open_model
 from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.models.tokens import OnSomeTokens
+from stillhouse.report.terminal import print_estimate
 from stillhouse.training.loop import Loop
 from stillhouse.training.recipe import Recipe
 
@@ -43,6 +47,9 @@ Step = Callable[[], object]
 def main() -> None:
     options = _options()
     console = Console()
+    if options.dense:
+        dense(options, console)
+        return
     make = _toys if options.smoke else _networks
     student, teacher, size = make(options.student, options.teacher)
     device = torch.device(options.device)
@@ -57,6 +64,27 @@ def main() -> None:
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"written: {options.out}")
+
+
+RETINANET = "torchvision/retinanet:backbone={},min_size={size},max_size={size}"
+
+
+def dense(options: argparse.Namespace, console: Console) -> None:
+    """What ACAM-KD costs a detector: step time and memory beside plain feature distillation and plain training, in turn in this process."""
+    size = 64 if options.smoke else 512
+    small = ",channels=16" if options.smoke else ""
+    specs = [RETINANET.format(backbone, size=size) + small for backbone in (("resnet18",) * 2 if options.smoke else ("resnet101", "resnet50"))]
+    teacher, student = (open_model(spec, classes=80, channels=3, task="detect").to(options.device) for spec in specs)
+    rows = estimate_dense(teacher, student, image_size=size, classes=80, batch=options.batch, rounds=options.rounds)
+    result = {
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "setting": {"teacher": specs[0], "student": specs[1], "size": size, "batch": options.batch, "rounds": options.rounds}
+        | {"device": options.device, "threads": torch.get_num_threads(), "smoke": options.smoke},
+        "rows": rows,
+    }
+    print_estimate(rows, console)
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 class Bench:
@@ -259,12 +287,14 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="deit_tiny_patch16_224", help="a ViT of timm with a class token")
     parser.add_argument("--teacher", default="deit_base_patch16_224", help="a ViT of timm with a class token, of the same size")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, help="images in a step; 16, or 2 with --dense")
+    parser.add_argument("--dense", action="store_true", help="detectors instead of classifiers")
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write all times and ratios here, as JSON")
     parser.add_argument("--smoke", action="store_true", help="toy networks, 2 images, 2 rounds, no verdicts")
     options = parser.parse_args()
+    options.batch = options.batch or (2 if options.dense else 16)
     if options.smoke:
         options.student = options.teacher = "toy"
         options.batch, options.rounds = 2, 2

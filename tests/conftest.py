@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,11 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from stillhouse.models.preprocessing import Preprocessing, set_preprocessing
 
@@ -54,6 +60,52 @@ def tiny_cnn(seed: int = 0) -> nn.Module:
     return model
 
 
+class Segmenter(nn.Module):
+    """A segmenter as torchvision's are: `backbone`, `classifier`, logits [B, K, H, W] under "out". Without batch statistics."""
+
+    def __init__(self, width: int, drop: float) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, width, 5, stride=4, padding=2), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
+        self.classifier = nn.Sequential(nn.GELU(), nn.Dropout(drop), nn.Conv2d(width, CLASSES, 1))
+        self.stillhouse: Any = {"task": "segment", "spec": None, "family": "object", "name": None, "options": {}, "weights": "given"}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        logits = self.classifier(self.backbone(images))
+        return {"out": nn.functional.interpolate(logits, size=images.shape[-2:], mode="bilinear")}
+
+
+def tiny_segmenter(seed: int = 0, width: int = 12, drop: float = 0.0) -> nn.Module:
+    return scrambled(lambda: Segmenter(width, drop), seed)
+
+
+def tiny_detector(seed: int = 0, width: int = 12) -> nn.Module:
+    """torchvision's RetinaNet on three levels of `width` channels. Without batch statistics."""
+
+    def build() -> nn.Module:
+        body = nn.Sequential(
+            OrderedDict(
+                stem=nn.Sequential(nn.Conv2d(3, width, 3, stride=4, padding=1), nn.GELU()),
+                one=nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GELU()),
+                two=nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GELU()),
+            )
+        )
+        levels = {"stem": "0", "one": "1", "two": "2"}
+        backbone = BackboneWithFPN(body, levels, [width] * 3, width, extra_blocks=_NoMore())
+        anchors = AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * 3)
+        network = RetinaNet(backbone, CLASSES + 1, min_size=SIDE, max_size=SIDE, anchor_generator=anchors, detections_per_img=20)
+        network.head = RetinaNetHead(width, anchors.num_anchors_per_location()[0], CLASSES + 1)
+        return network
+
+    return scrambled(build, seed)
+
+
+class _NoMore(ExtraFPNBlock):
+    """No level beyond the backbone's."""
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        return results, names
+
+
 def tiny_transformers(name: str, **options: Any) -> nn.Module:
     """One of transformers' image or audio classifiers, as small as `tiny`, showing its attention when asked."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -70,6 +122,19 @@ def images(batch: int = 2, *, side: int = SIDE, seed: int = 0) -> Tensor:
 
 def labels(batch: int = 2, *, seed: int = 0) -> Tensor:
     return torch.randint(CLASSES, (batch,), generator=torch.Generator().manual_seed(seed))
+
+
+def masks(batch: int = 2, *, seed: int = 0) -> Tensor:
+    return torch.randint(CLASSES, (batch, SIDE, SIDE), generator=torch.Generator().manual_seed(seed))
+
+
+def boxes(batch: int = 2, *, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Two objects an image."""
+    random = torch.Generator().manual_seed(seed)
+    corners = torch.rand(batch, 2, 2, generator=random) * SIDE / 2
+    sides = 6 + torch.rand(batch, 2, 2, generator=random) * SIDE / 4
+    kinds = torch.randint(1, CLASSES + 1, (batch, 2), generator=random)
+    return [{"boxes": torch.cat([corners[i], corners[i] + sides[i]], -1), "labels": kinds[i]} for i in range(batch)]
 
 
 def permutations(batch: int, patches: int, seed: int = 0) -> Tensor:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import stillhouse as sh
 from stillhouse import distillers
 from stillhouse.data import Data, open_data
-from stillhouse.data.transforms import eval_transform, train_transform
 from stillhouse.distillers.base import Distiller
-from stillhouse.session import input_of, open_student
+from stillhouse.session import input_of, open_student, transforms_of
 from stillhouse.training.loop import Loop
 from stillhouse.training.recipe import Recipe
+from tests.conftest import CLASSES, SIDE, tiny_detector, tiny_segmenter
 
 STUDENT = "timm/vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=16,depth=1,num_heads=2"
 TEACHER = "timm/vit_tiny_patch16_224:img_size=8,patch_size=4,embed_dim=24,depth=2,num_heads=2"
@@ -35,6 +35,22 @@ def data() -> Data:
     return open_data(DATA)
 
 
+@cache
+def dense_data(task: str) -> Data:
+    """64 images to train on, 16 to validate: one bright square each, of a size and place of its own."""
+    random = torch.Generator().manual_seed(0)
+    samples = []
+    for number in range(80):
+        image, mask = torch.randint(60, (3, SIDE, SIDE), generator=random).byte(), torch.zeros(SIDE, SIDE, dtype=torch.uint8)
+        (x, y), side, kind = torch.randint(16, (2,), generator=random).tolist(), 6 + number % 9, 1 + number % (CLASSES - 1)
+        image[kind % 3, y : y + side, x : x + side] = 255
+        mask[y : y + side, x : x + side] = kind
+        box = {"boxes": torch.tensor([[x, y, x + side, y + side]]).float(), "labels": torch.tensor([kind])}
+        samples.append((image, box if task == "detect" else mask))
+    names = [f"kind {number}" for number in range(CLASSES)]
+    return Data(f"squares to {task}", samples[:64], samples[64:], names, task=task, size=SIDE)  # type: ignore[arg-type]
+
+
 def network(spec: str = STUDENT, seed: int = 0) -> nn.Module:
     return open_student(spec, data(), "random", False, seed)
 
@@ -42,6 +58,9 @@ def network(spec: str = STUDENT, seed: int = 0) -> nn.Module:
 def distiller(name: str, **settings: Any) -> Distiller:
     kind = distillers.find(name)
     torch.manual_seed(0)
+    if kind.tasks[0] != "classify":
+        tiny = tiny_detector if kind.tasks[0] == "detect" else tiny_segmenter
+        return kind(tiny(1), tiny(2, width=16), **settings)
     teacher = {} if name == "scratch" else {"teacher": network(TEACHER, 1)}
     return kind(network(), **teacher, **settings)
 
@@ -49,9 +68,17 @@ def distiller(name: str, **settings: Any) -> Distiller:
 def loop(learner: Distiller, folder: Path, **recipe: Any) -> Loop:
     """A loop in a new folder; with `resume=True` as its last checkpoint left it."""
     folder.mkdir(parents=True, exist_ok=True)
-    resume, preprocessing = recipe.pop("resume", False), input_of(learner.student, data())
-    transforms = train_transform(preprocessing, data()), eval_transform(preprocessing, data())
-    made = Loop(learner, data(), transforms, preprocessing, Recipe(**RECIPE | recipe), folder, {"method": type(learner).__name__})
+    used = data() if learner.tasks[0] == "classify" else dense_data(learner.tasks[0])
+    resume, preprocessing = recipe.pop("resume", False), input_of(learner.student, used)
+    made = Loop(
+        learner,
+        used,
+        transforms_of(preprocessing, used, {}),
+        preprocessing,
+        Recipe(**RECIPE | recipe),
+        folder,
+        {"method": type(learner).__name__},
+    )
     if resume:
         made.load()
     return made

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillhouse import tasks
 from stillhouse.data import Data
 from stillhouse.data.loading import eval_batches
 from stillhouse.distillers.base import Distiller
@@ -17,7 +18,8 @@ from stillhouse.errors import UserError
 from stillhouse.models.outputs import logits_of
 from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.randomness import seeded
-from stillhouse.training.evaluation import accuracy
+from stillhouse.training.batches import on_device
+from stillhouse.training.evaluation import measured
 
 SAMPLE, STEP_BATCH = 256, 4
 
@@ -46,14 +48,13 @@ def check_distiller(distiller: Distiller, data: Data, transform: Any, allow_weak
         UserError: at the first thing that cannot work, and what to do.
     """
     findings = [_networks(distiller)]
-    _, images, labels = next(iter(eval_batches(data.val, transform, batch=min(STEP_BATCH, len(data.val)))))  # type: ignore[arg-type]
-    device = next(distiller.parameters()).device
-    images, labels = images.to(device), labels.to(device)
+    _, images, targets = next(iter(eval_batches(data.val, transform, batch=min(STEP_BATCH, len(data.val)))))  # type: ignore[arg-type]
+    images, targets = on_device((images, targets), next(distiller.parameters()).device)
     with seeded("check"), _put_back(distiller):
-        findings.append(_classes(distiller, images, len(data.classes)))
+        findings.append(_detects(distiller, images) if data.task == "detect" else _classes(distiller, images, len(data.classes)))
         if distiller.teacher is not None:
             findings += [_frozen(distiller), _normalisation(distiller), _teacher_accuracy(distiller, data, transform, allow_weak_teacher)]
-        findings.append(_one_step(distiller, (images, labels)))
+        findings.append(_one_step(distiller, (images, targets)))
     return findings
 
 
@@ -95,13 +96,28 @@ def _classes(distiller: Distiller, images: Tensor, classes: int) -> Finding:
             raise UserError(
                 f"the {role} answers NaN or infinity on the first images; its weights are damaged, name others with --{role}-weights"
             )
-        known = logits.shape[-1]
+        known = logits.shape[1]
         if known != classes:
             raise UserError(
                 f"the {role} knows {known} classes, the data has {classes}; train it on this data first with "
                 f"`stillhouse distill --method scratch --student …` and name that run folder with --{role}"
             )
     return Finding("classes", f"{classes}, known to {' and '.join(outputs)}")
+
+
+def _detects(distiller: Distiller, images: list[Tensor]) -> Finding:
+    distiller.eval()
+    with torch.no_grad():
+        outputs = {"student": distiller.student(images)} | ({"teacher": distiller.teach(images)} if distiller.teacher is not None else {})
+    for role, output in outputs.items():
+        if not (isinstance(output, list) and all({"boxes", "labels", "scores"} <= found.keys() for found in output)):
+            raise UserError(
+                f"the {role} returns {type(output).__name__} for images, expected of a detector a list with the boxes, labels and scores "
+                "of each image, as torchvision's return it; name a detector"
+            )
+        if not all(found["boxes"].isfinite().all() for found in output):
+            raise UserError(f"the {role} finds boxes at NaN or infinity; its weights are damaged, name others with --{role}-weights")
+    return Finding("answers", f"boxes, labels and scores by {' and '.join(outputs)}")
 
 
 def _frozen(distiller: Distiller) -> Finding:
@@ -128,16 +144,17 @@ def _teacher_accuracy(distiller: Distiller, data: Data, transform: Any, allow_we
     spread = torch.utils.data.Subset(data.val, range(0, len(data.val), step)[:SAMPLE])  # type: ignore[arg-type]
     device = next(distiller.parameters()).device
     assert distiller.teacher is not None
-    seen = accuracy(nn.Sequential(distiller.refeed, distiller.teacher), eval_batches(spread, transform, batch=32), device)
-    chance, count = 1 / len(data.classes), len(spread)
-    least = chance + 2 * (chance * (1 - chance) / count) ** 0.5
-    found = f"top-1 {seen:.3f} on {count} validation images (chance is {chance:.3f})"
-    if seen <= least and not allow_weak_teacher:
+    task: Any = tasks.find(data.task)
+    whole = nn.Sequential(distiller.refeed, distiller.teacher)
+    metric: Any = measured(whole, eval_batches(spread, transform, batch=32), device, task(data.classes, sync_on_compute=False))
+    seen, count = metric.compute()[task.headline], len(spread)
+    found = f"{task.titles[task.headline]} {seen:.3f} on {count} validation images (chance reaches {metric.chance:.3f})"
+    if not seen > metric.chance and not allow_weak_teacher:
         raise UserError(f"the teacher is no better than chance: {found}; give it weights trained on these classes, or --allow-weak-teacher")
     return Finding("teacher's accuracy", found)
 
 
-def _one_step(distiller: Distiller, batch: tuple[Tensor, Tensor]) -> Finding:
+def _one_step(distiller: Distiller, batch: tuple[Any, Any]) -> Finding:
     """Gradients of one small batch."""
     distiller.train()
     silent: list[str] = []

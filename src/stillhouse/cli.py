@@ -24,7 +24,7 @@ COMMANDS = {
     "evaluate": "a run's student on other data",
     "compare": "runs side by side",
     "reproduce": "a method's evidence: method, baselines, ablation, over seeds",
-    "export": "the student alone, for timm, transformers or onnx",
+    "export": "the student alone, for timm, transformers, onnx or torch",
 }
 
 POSITIONALS: dict[str, dict[str, dict[str, Any]]] = {
@@ -159,18 +159,20 @@ def _method(arguments: Sequence[str]) -> str:
     """The method named by `--method` or in the `--config` file, whose settings become flags."""
     from pathlib import Path
 
+    from stillhouse.run import default_method
     from stillhouse.run_folder import read_settings
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--method")
+    for flag in ("--method", "--task", "--data"):
+        early.add_argument(flag)
     early.add_argument("--config")
     early.add_argument("--out")
     early.add_argument("--resume", nargs="?", const="true")
     named, _ = early.parse_known_args(list(arguments))
     stored = named.config or (Path(named.out) / "settings.yaml" if named.resume and named.out else None)
     if named.method is None and stored is not None and Path(stored).is_file():
-        return str(read_settings(Path(stored)).get("method", "masked_kd"))
-    return named.method or "masked_kd"
+        return str(read_settings(Path(stored)).get("method", default_method(None, None)))
+    return named.method or default_method(named.task, named.data)
 
 
 def _show_log(main_process: bool) -> None:

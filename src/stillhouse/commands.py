@@ -33,7 +33,8 @@ def check(
     student: str | nn.Module,
     data: str | Data,
     *,
-    method: str = "masked_kd",
+    method: str | None = None,
+    task: Literal["classify", "detect", "segment"] | None = None,
     teacher_weights: str = "pretrained",
     student_weights: str = "random",
     allow_weak_teacher: bool = False,
@@ -45,16 +46,26 @@ def check(
         teacher: a spec, run folder or module.
         student: likewise.
         data: a spec or `stillhouse.data.Data`.
-        method: what they would be trained by, with its default settings.
+        method: what they would be trained by, with its default settings; masked_kd to classify, acam_kd to detect or segment.
+        task: where the data allow several.
         teacher_weights: pretrained, or a file.
         student_weights: random, pretrained, or a file.
         allow_weak_teacher: go on although the teacher is no better than chance.
         seed: of the student's random weights.
     """
     from stillhouse.checking import check_distiller
+    from stillhouse.run import default_method
     from stillhouse.session import Session
 
-    job: dict[str, Any] = {"method": method, "teacher": teacher, "student": student, "data": data, "teacher_weights": teacher_weights}
+    job: dict[str, Any] = {
+        "method": method or default_method(task, data),
+        "task": task,
+        "inherit": None,
+        "teacher": teacher,
+        "student": student,
+        "data": data,
+        "teacher_weights": teacher_weights,
+    }
     job |= {"student_weights": student_weights, "allow_partial": False, "bad_data": "skip", "seed": seed}
     session = Session(Path(), job)
     return check_distiller(session.first_stage().distiller, session.data, session.transforms[1], allow_weak_teacher)
@@ -70,8 +81,11 @@ def estimate(
     keeps: list[float] | None = None,
     rounds: int = 5,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    task: Literal["classify", "detect", "segment"] = "classify",
+    size: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Measures what a step of plain training, full distillation and MaskedKD costs here. Weights do not matter and stay random.
+    """Measures what a step costs here: of plain training, full distillation and MaskedKD to classify; of plain training, plain feature
+    distillation and ACAM-KD to detect or segment. Weights do not matter and stay random.
 
     Args:
         teacher: a spec or module.
@@ -82,14 +96,20 @@ def estimate(
         keeps: shares of the patches that the teacher sees; 1, 0.75, 0.5 and 0.25 by default.
         rounds: measured steps of each row.
         precision: fp32, or bf16 or fp16 under autocast.
+        task: what the networks are for.
+        size: side of the images; by default the student's own, 224 to classify and 512 to detect or segment.
     """
+    from stillhouse.measure.dense import estimate_dense
     from stillhouse.measure.estimate import estimate as measure
     from stillhouse.models.opening import open_model
     from stillhouse.models.preprocessing import preprocessing_of
 
-    networks = [open_model(spec, classes=classes, channels=channels, new_head=True) for spec in (teacher, student)]
+    dense: dict[str, Any] = {} if task == "classify" else {"task": task, "image_size": size or 512}
+    networks = [open_model(spec, classes=classes, channels=channels, new_head=True, **dense) for spec in (teacher, student)]
+    if task != "classify":
+        return estimate_dense(*networks, image_size=size or 512, classes=classes, batch=batch, rounds=rounds, precision=precision)
     known = preprocessing_of(networks[1])
-    size = (known.size if known else None) or 224
+    size = size or (known.size if known else None) or 224
     keeps = keeps or [1.0, 0.75, 0.5, 0.25]
     return measure(
         *networks, image_size=size, channels=channels, classes=classes, batch=batch, keeps=keeps, rounds=rounds, precision=precision
@@ -99,7 +119,7 @@ def estimate(
 def evaluate(
     run: str | Path, data: str | Data | None = None, *, batch: int = 128, bad_data: Literal["refuse", "skip"] = "refuse"
 ) -> dict[str, float]:
-    """top1, top5, nll and ece of a run's student on the validation images of a data set.
+    """The metrics of a run's student on the validation images of a data set.
 
     Args:
         run: a run folder.
@@ -109,20 +129,21 @@ def evaluate(
     """
     from accelerate import Accelerator
 
+    from stillhouse import tasks
     from stillhouse.data import open_data
     from stillhouse.data.loading import eval_batches
-    from stillhouse.data.transforms import eval_transform
     from stillhouse.models.opening import open_model
     from stillhouse.run_folder import read_settings
-    from stillhouse.session import input_of
+    from stillhouse.session import fit_of, input_of, transforms_of
     from stillhouse.training.evaluation import evaluate as measure
     from stillhouse.training.loop import on_cpu
 
-    opened = open_data(data or read_settings(Path(run) / "settings.yaml")["data"], bad_data=bad_data)
+    settings = read_settings(Path(run) / "settings.yaml")
+    opened = open_data(data or settings["data"], bad_data=bad_data, task=settings.get("task"))
     accelerator = Accelerator(cpu=on_cpu())
-    student = open_model(str(run), classes=len(opened.classes), channels=opened.channels).to(accelerator.device)
-    batches = eval_batches(opened.val, eval_transform(input_of(student, opened), opened), batch=batch)
-    return measure(student, batches, accelerator, len(opened.classes))
+    student = open_model(str(run), **fit_of(opened)).to(accelerator.device)
+    _, transform = transforms_of(input_of(student, opened), opened, {})
+    return measure(student, eval_batches(opened.val, transform, batch=batch), accelerator, tasks.find(opened.task)(opened.classes))
 
 
 def compare(runs: list[str]) -> list[dict[str, Any]]:
@@ -153,7 +174,7 @@ def reproduce(name: str, *, out: str = "runs/reproduce", seeds: int = 3, smoke: 
     return run(name, out=Path(out), seeds=seeds, smoke=smoke)
 
 
-def export(run: str | Path, *, to: Literal["timm", "transformers", "onnx"], out: str | Path) -> Path:
+def export(run: str | Path, *, to: Literal["timm", "transformers", "onnx", "torch"], out: str | Path) -> Path:
     """Writes a run's student alone, without any part of the distillation. Also in the middle of a run: then from its last checkpoint.
 
     Args:

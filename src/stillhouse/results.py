@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from stillhouse import tasks
 from stillhouse.data import Data
 from stillhouse.data.loading import eval_batches
 from stillhouse.distillers import name_of
@@ -16,7 +17,7 @@ from stillhouse.measure.estimate import estimate
 from stillhouse.measure.flops import macs
 from stillhouse.models.tokens import OnSomeTokens
 from stillhouse.run_folder import read_facts
-from stillhouse.training.evaluation import accuracy
+from stillhouse.training.evaluation import measured
 from stillhouse.training.log import read_table
 from stillhouse.training.recipe import Recipe
 
@@ -38,12 +39,13 @@ def results(
 
     Step times are of the runs themselves (loading included); what masking saved is measured side by side afterwards.
     """
-    _, images, _ = next(iter(eval_batches(data.val, transform, batch=32)))
-    channels, height, width = images.shape[1:]
+    few: Any = next(iter(eval_batches(data.val, transform, batch=min(32, len(data.val)))))[1]  # type: ignore[arg-type]
+    channels, height, width = few[0].shape
+    keys = tasks.find(data.task).titles
     models = {"student": {"name": _name(student), "params": _params(student), "macs": macs(student, (channels, height, width))}}
     method_row = {
         "row": f"student ({name_of(type(distiller))})",
-        "top1": metrics["top1"],
+        **{key: metrics[key] for key in keys if key in metrics},
         "step_ms": _step_ms(folder, recipe),
         **_cost(models["student"]),
     }
@@ -52,21 +54,24 @@ def results(
     if distiller.teacher is not None:
         whole = nn.Sequential(distiller.refeed, distiller.teacher)
         network = distiller.teacher.model if isinstance(distiller.teacher, OnSomeTokens) else distiller.teacher
-        fed = tuple(distiller.refeed(images[:1].to(accelerator.device)).shape[1:])
+        fed = tuple(distiller.refeed(few[:1])[0].shape)
         kept = getattr(distiller, "kept", None)
         models["teacher"] = {"name": _name(network), "params": _params(network), "macs": macs(network, fed)}
         models["teacher"]["macs_kept"] = macs(network, fed, keep=kept) if kept else models["teacher"]["macs"]
-        top1 = accuracy(whole, eval_batches(data.val, transform, batch=recipe.batch, workers=recipe.workers), accelerator.device)
-        rows.insert(0, {"row": "teacher", "top1": top1, "step_ms": None, **_cost(models["teacher"])})
+        batches = eval_batches(data.val, transform, batch=recipe.batch, workers=recipe.workers)
+        taught: Any = measured(whole, batches, accelerator.device, tasks.find(data.task)(data.classes, sync_on_compute=False))
+        found, per_class = tasks.by_class(taught.compute())
+        known = {key: value for key, value in found.items() if key in keys}
+        rows.insert(0, {"row": "teacher", **known, "per_class": per_class, "step_ms": None, **_cost(models["teacher"])})
         if kept:
             facts["keep"] = {"kept": kept, "patches": distiller.patches}
-            facts["savings"] = _savings(network, student, images, len(data.classes), kept, models, accelerator)
+            facts["savings"] = _savings(network, student, few, len(data.classes), kept, models, accelerator)
     if (folder / "baseline" / "run.json").exists():
         baseline = read_facts(folder / "baseline")["metrics"]
         rows.append(
             {
                 "row": "student, labels only",
-                "top1": baseline["top1"],
+                **{key: baseline[key] for key in keys if key in baseline},
                 "step_ms": _step_ms(folder / "baseline", recipe),
                 **_cost(models["student"]),
             }

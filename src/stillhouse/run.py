@@ -54,9 +54,11 @@ def distill(
     teacher: str | nn.Module | None = None,
     student: str | nn.Module | None = None,
     data: str | Data | None = None,
+    task: Literal["classify", "detect", "segment"] | None = None,
     out: str | None = None,
     teacher_weights: str = "pretrained",
     student_weights: str = "random",
+    inherit: str | nn.Module | None = None,
     allow_partial: bool = False,
     allow_weak_teacher: bool = False,
     baseline: bool = False,
@@ -68,15 +70,18 @@ def distill(
     """Distil a student from a teacher. Without networks and data: the embedded job, about a minute on two cores.
 
     Args:
-        method: a name from `stillhouse methods`, or in Python a `Distiller` class of your own; by default masked_kd, or what the
-            resumed run has.
-        teacher: timm/NAME, torchvision/NAME or transformers/NAME_OR_PATH, each with options (timm/NAME:img_size=28,depth=4); a run folder;
-            or in Python a module.
+        method: a name from `stillhouse methods`, or in Python a `Distiller` class of your own; by default masked_kd to classify and acam_kd
+            to detect or segment, or what the resumed run has.
+        teacher: timm/NAME, torchvision/NAME, transformers/NAME_OR_PATH or smp/NAME, each with options (timm/NAME:img_size=28,depth=4); a
+            run folder; or in Python a module.
         student: likewise.
-        data: digits, fashion-mnist, imagefolder:DIR or hf:DIR_OR_NAME, each with options; or in Python a `stillhouse.data.Data`.
+        data: digits, fashion-mnist, imagefolder:DIR or hf:DIR_OR_NAME to classify, coco:DIR or voc:DIR to detect, masks:DIR or
+            cityscapes:DIR to segment, scenes for either, each with options; or in Python a `stillhouse.data.Data`.
+        task: classify, detect or segment, where the data allow several; by default what the data are for. Alone it names the embedded job.
         out: the run folder; by default the next free runs/METHOD-N.
         teacher_weights: pretrained, or a file of weights (safetensors, or a state dict that needs no pickle).
         student_weights: random, pretrained, or a file.
+        inherit: a detector or segmenter whose neck and head the student begins with where shapes agree; "teacher" for the teacher.
         allow_partial: accept weights with missing or unexpected keys; they are logged.
         allow_weak_teacher: go on although the teacher is no better than chance on this data.
         baseline: also train the same student on labels only, same recipe and seed, into OUT/baseline; always done in the embedded job.
@@ -95,16 +100,17 @@ def distill(
     """
     asked = {name: _text(value) for name, value in locals().items() if name not in ("settings", "out", "resume", "overwrite")}
     given = {name: value for name, value in asked.items() if value != _DEFAULTS[name]} | settings
-    folder, stored = open_folder(out, name_of(method) if method else None, given, resume, overwrite)
+    chosen = method or default_method(task, data)
+    folder, stored = open_folder(out, name_of(chosen), given, resume, overwrite)
     if stored is not None and status(folder) == "finished":
         return Run(folder)
-    method = asked["method"] = method or (stored or {}).get("method") or "masked_kd"
+    method = asked["method"] = method or (stored or {}).get("method") or chosen
     if stored is not None:
         job = {**asked, **stored, **{name: value for name, value in given.items() if name in FREE or stored.get(name) is None}}
     elif teacher is None and student is None and data is None:
         from stillhouse.embedded import embedded_job
 
-        job = asked | embedded_job(method, given, folder.parent, train=distill)
+        job = asked | embedded_job(method, task or "classify", given, folder.parent, train=distill)
     else:
         job = asked | settings
     from stillhouse.session import Session
@@ -114,6 +120,15 @@ def distill(
     except Interrupted as error:
         raise Interrupted(f"{error}; go on with: stillhouse distill --resume --out {folder}") from None
     return Run(folder)
+
+
+DENSE_SOURCES = ("scenes", "coco", "voc", "masks", "cityscapes", "deepforest", "histolytics")
+
+
+def default_method(task: str | None, data: str | Data | None) -> str:
+    """The method where none is named: that of the paper for the task, as far as task or data tell it."""
+    dense = str(data).partition(":")[0] in DENSE_SOURCES if isinstance(data, str) else getattr(data, "task", "classify") != "classify"
+    return "acam_kd" if task in ("detect", "segment") or (task is None and dense) else "masked_kd"
 
 
 def _text(value: Any) -> Any:

@@ -17,9 +17,7 @@ FREE = ("workers", "save_every", "trackers")
 """The settings that a resume may change: they do not change what is learnt."""
 
 
-def open_folder(
-    out: str | None, method: str | None, given: dict[str, Any], resume: bool, overwrite: bool
-) -> tuple[Path, dict[str, Any] | None]:
+def open_folder(out: str | None, method: str, given: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Path, dict[str, Any] | None]:
     """The run folder, and the settings stored there if the run is to be resumed.
 
     Args:
@@ -30,7 +28,7 @@ def open_folder(
         UserError: if the folder holds something and neither resume nor overwrite is asked for, it is no run folder, there is nothing to
             resume, or another setting is given than the run has.
     """
-    folder = Path(out) if out else _next_free(method or "masked_kd")
+    folder = Path(out) if out else _next_free(method)
     if resume:
         return folder, _stored(folder, out, given)
     if folder.is_file():

@@ -22,13 +22,15 @@ from accelerate import PartialState
 from torch import nn
 
 import stillhouse
-from stillhouse import distillers
+from stillhouse import distillers, tasks
 from stillhouse.checking import check_distiller
 from stillhouse.data import Data, open_data
+from stillhouse.data.dense_transforms import dense_transforms
 from stillhouse.data.transforms import eval_transform, train_transform
 from stillhouse.distillers.base import Distiller, Stage
 from stillhouse.errors import UserError, nearest
 from stillhouse.interrupted import Interrupted
+from stillhouse.models.inherit import inherit
 from stillhouse.models.opening import open_model
 from stillhouse.models.preprocessing import Preprocessing, preprocessing_of, set_preprocessing
 from stillhouse.models.saving import save_student
@@ -44,7 +46,7 @@ from stillhouse.training.recipe import NAMES, Recipe
 LOG = logging.getLogger("stillhouse")
 AUGMENTATION = frozenset(inspect.signature(train_transform).parameters) - {"preprocessing", "data"}
 OWN = (
-    *("method", "teacher", "student", "data", "teacher_weights", "student_weights"),
+    *("method", "teacher", "student", "data", "task", "teacher_weights", "student_weights", "inherit"),
     *("allow_partial", "allow_weak_teacher", "baseline", "bad_data"),
 )
 """The settings that are `stillhouse.distill`'s own, not the loop's, the augmentation's or the method's."""
@@ -68,11 +70,13 @@ class Session:
         self.method, self.distiller = distillers.name_of(job["method"]), distillers.find(job["method"])
         self.recipe, self.augmentation, self.settings = split_settings(job["method"], job)
         self.job = job
-        self.data = open_data(_needed(job, "data"), seed=self.recipe.seed, bad_data=job["bad_data"])
+        self.data = open_data(_needed(job, "data"), seed=self.recipe.seed, bad_data=job["bad_data"], task=job["task"])
+        _refuse_other_task(self.method, self.distiller, self.data)
         self.teacher = self.open_teacher()
         self.student = open_student(_needed(job, "student"), self.data, job["student_weights"], job["allow_partial"], self.recipe.seed)
+        self.inherit()
         self.preprocessing = input_of(self.student, self.data)
-        self.transforms = train_transform(self.preprocessing, self.data, **self.augmentation), eval_transform(self.preprocessing, self.data)
+        self.transforms = transforms_of(self.preprocessing, self.data, self.augmentation)
 
     def open_teacher(self) -> nn.Module | None:
         """The teacher with its weights, if the method has one."""
@@ -84,14 +88,24 @@ class Session:
             raise UserError(f"method {self.method} has no teacher, but --teacher {_plain(named) or 'a module'} was given; leave it out")
         if not needs:
             return None
+        return self.open_source(named)
+
+    def open_source(self, named: str | nn.Module) -> nn.Module:
+        """A network that knows the data's classes, with the weights that the teacher is to have."""
         job = self.job
-        return open_model(
-            named,
-            classes=len(self.data.classes),
-            channels=self.data.channels,
-            weights=job["teacher_weights"],
-            allow_partial=job["allow_partial"],
-        )
+        return open_model(named, **fit_of(self.data), weights=job["teacher_weights"], allow_partial=job["allow_partial"])
+
+    def inherit(self) -> None:
+        """Neck and head of the student begin as those of another network, if that is asked for."""
+        named = self.job["inherit"]
+        if named is None:
+            return
+        if named == "teacher":
+            named = self.job["inherit"] = self.job["teacher"]  # by its own name, for the baseline has no teacher but the same start
+        if named is None:
+            raise UserError(f"--inherit teacher, but method {self.method} has no teacher: name the network to inherit from")
+        taken = inherit(self.student, self.open_source(named))
+        LOG.info("the student begins with the neck and head of %s: %d tensors", _plain(named) or type(named).__name__, len(taken))
 
     def stages(self) -> Iterator[Stage]:
         """The parts of the training. What a distiller adds to the networks starts from weights that are a function of the seed."""
@@ -162,6 +176,7 @@ class Session:
         return {
             "status": "running",
             "method": self.method,
+            "task": self.data.task,
             "title": type(stage.distiller).__name__,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "seed": self.recipe.seed,
@@ -180,7 +195,8 @@ class Session:
     def finish(self, loop: Loop, metrics: dict[str, float]) -> None:
         """Keeps the student, trains the baseline if asked, compares, and writes the report."""
         main, kept = loop.accelerator.is_main_process, loop.kept
-        self.facts["metrics"] = metrics
+        self.facts["metrics"], self.facts["per_class"] = tasks.by_class(metrics)
+        self.facts["alarms"] = loop.alarms
         if main:
             save_student(kept, self.folder / "student")
         loop.accelerator.wait_for_everyone()
@@ -232,22 +248,45 @@ def split_settings(method: str | type[Distiller], settings: dict[str, Any]) -> t
     return recipe, augmentation, {name: settings.get(name, parameter.default) for name, parameter in own.items()}
 
 
+def _refuse_other_task(method: str, distiller: type[Distiller], data: Data) -> None:
+    if data.task not in distiller.tasks:
+        fitting = [name for name in distillers.modules() if data.task in distillers.find(name).tasks]
+        raise UserError(
+            f"method {method} is for data to {' or '.join(distiller.tasks)}, and '{data.name}' is to {data.task}; "
+            f"use one of {', '.join(sorted(fitting))}"
+        )
+
+
+def fit_of(data: Data) -> dict[str, Any]:
+    """What the data ask of a network, as `open_model` wants to hear it. Classifiers know their own image size."""
+    size = {} if data.task == "classify" else {"image_size": data.size, "names": data.classes}
+    return {"classes": len(data.classes), "channels": data.channels, "task": data.task, **size}
+
+
+def transforms_of(preprocessing: Preprocessing, data: Data, augmentation: dict[str, Any]) -> tuple[Any, Any]:
+    """The training and the evaluation transform."""
+    if data.task != "classify":
+        return dense_transforms(preprocessing, data, **augmentation)
+    return train_transform(preprocessing, data, **augmentation), eval_transform(preprocessing, data)
+
+
 def open_student(spec: str | nn.Module, data: Data, weights: str, allow_partial: bool, seed: int) -> nn.Module:
     """The student with a head that fits the data. With random weights it takes images normalised by the data's own mean and std."""
-    student = open_model(
-        spec, classes=len(data.classes), channels=data.channels, weights=weights, allow_partial=allow_partial, seed=seed, new_head=True
-    )
-    if weights == "random" and isinstance(spec, str) and student.stillhouse["weights"] == "random":  # type: ignore[index]
+    student = open_model(spec, **fit_of(data), weights=weights, allow_partial=allow_partial, seed=seed, new_head=True)
+    normalises_itself = data.task == "detect"
+    if weights == "random" and isinstance(spec, str) and student.stillhouse["weights"] == "random" and not normalises_itself:  # type: ignore[index]
         own = preprocessing_of(student)
         size = own.size if own and hasattr(student, "patch_embed") else getattr(getattr(student, "config", None), "image_size", None)
-        set_preprocessing(student, Preprocessing(data.mean, data.std, size or data.size or (own.size if own else None) or 224))
+        set_preprocessing(student, Preprocessing(data.mean, data.std, size or data.size or (own.size if own else None) or SIZES[data.task]))
     return student
 
 
 def input_of(student: nn.Module, data: Data) -> Preprocessing:
     """What the data's images are made into: what the student was trained with, or the data's own statistics."""
     known = preprocessing_of(student)
-    return known or Preprocessing(data.mean, data.std, data.size or 224)
+    if data.task == "detect":
+        return known or Preprocessing((0.0,) * data.channels, (1.0,) * data.channels, None)
+    return known or Preprocessing(data.mean, data.std, data.size or SIZES[data.task])
 
 
 def student_so_far(folder: Path) -> None:
@@ -259,12 +298,17 @@ def student_so_far(folder: Path) -> None:
     facts = read_facts(folder)
     if facts["status"] == "finished":
         return
-    found = checkpoints(folder / "checkpoints")
+    found = [
+        path for stage in (folder, *sorted(folder.iterdir())) for path in checkpoints(stage / "checkpoints") if stage.name != "baseline"
+    ]
     if not found:
         raise UserError(f"the run in {folder} has no checkpoint yet; wait for its first one (see --save-every)")
-    parts, _ = load_checkpoint(found[-1])
+    parts, _ = load_checkpoint(max(found, key=lambda path: path.stat().st_mtime))
     job = read_settings(folder / "settings.yaml")
-    student = open_student(job["student"], open_data(job["data"], seed=job["seed"], bad_data="skip"), "random", False, job["seed"])
+    if job["student"] is None or job["data"] is None:
+        raise UserError(f"the run in {folder} was begun in Python with objects that no file names; finish it with resume=True there")
+    data = open_data(job["data"], seed=job["seed"], bad_data="skip", task=job["task"])
+    student = open_student(job["student"], data, "random", False, job["seed"])
     own = {name.removeprefix("student."): value for name, value in parts["distiller"].items() if name.startswith("student.")}
     student.load_state_dict(parts.get("ema", own))
     shutil.rmtree(folder / "student", ignore_errors=True)
@@ -280,6 +324,10 @@ def versions() -> dict[str, str]:
         "accelerate": accelerate.__version__,
         "python": platform.python_version(),
     }
+
+
+SIZES = {"classify": 224, "segment": 512}
+"""The side of the images, in pixels, where neither data nor network name one."""
 
 
 def _needed(job: dict[str, Any], part: str) -> Any:

@@ -18,3 +18,12 @@ def test_smoke(tmp_path: Path) -> None:
     assert all(len(seconds) == 2 for seconds in result["seconds"].values())
     assert result["of_plain"]["plain training"] == [1, 1, 1]
     assert len(result["checks"]) == 6
+
+
+def test_smoke_of_the_detectors(tmp_path: Path) -> None:
+    out = tmp_path / "dense.json"
+    done = subprocess.run([sys.executable, BENCHMARK, "--dense", "--smoke", "--out", out], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["plain training", "plain feature KD", "ACAM-KD"]
+    assert rows["plain training"]["of_plain"] == rows["plain feature KD"]["of_features"] == [1, 1, 1]

@@ -181,12 +181,12 @@ def test_layers_have_the_rates_of_timms_factory(tmp_path: Path) -> None:
 
 def test_what_a_distiller_learns_beside_the_student_is_trained_too(tmp_path: Path) -> None:
     learner = distiller("fitnet")
-    before = learner.regressor.weight.clone()
+    before = learner.regressor.levels[0].weight.clone()
     run = loop(learner, tmp_path, max_steps=2)
     optimised = {id(p) for group in run.players[0].optimizer.param_groups for p in group["params"]}
     assert optimised == {id(p) for p in learner.parameters() if p.requires_grad}
     run.run()
-    assert not torch.equal(learner.regressor.weight, before)
+    assert not torch.equal(learner.regressor.levels[0].weight, before)
 
 
 def test_workers_do_not_change_the_weights(tmp_path: Path) -> None:

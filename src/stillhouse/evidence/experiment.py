@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stillhouse import distillers, tasks
 from stillhouse.distillers.base import Distiller
 from stillhouse.run import Run, distill
 from stillhouse.training.log import read_table
@@ -24,21 +25,37 @@ class Arm:
         name: what the table calls it.
         method: a method's name, or a distiller class of the experiment's own (an ablation that is no method).
         settings: of the method.
+        weights: the names of those settings that weigh its loss terms; a search scales them together.
     """
 
     name: str
     method: str | type[Distiller]
     settings: dict[str, Any] = field(default_factory=dict)
+    weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Search:
+    """Every arm's own learning rate and loss weight, found on a seed and in a share of the updates that count for nothing else.
+
+    First the rates at the method's own weights, then, at the best rate, the scales of those weights.
+    """
+
+    rates: Sequence[float]
+    scales: Sequence[float]
+    share: float = 1 / 3
+    seed: int = 1000
 
 
 @dataclass(frozen=True)
 class Study:
-    """What came of an experiment: `runs[arm]` has one run a seed, in the order of the seeds."""
+    """What came of an experiment: `runs[arm]` has one run a seed, in the order of the seeds; `found[arm]` what the search chose."""
 
     experiment: Experiment
     teacher: Run
     seeds: Sequence[int]
     runs: dict[str, list[Run]]
+    found: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,9 @@ class Experiment:
         recipe: settings of the loop, the same for all arms.
         teacher_recipe: what differs for the teacher.
         arms: the first one is what differences are taken from.
+        task: classify, detect or segment.
+        inherit: whether all students begin with the teacher's neck and head.
+        search: how every arm's learning rate and weight are found; by default all have the recipe's and their own.
     """
 
     name: str
@@ -66,23 +86,55 @@ class Experiment:
     recipe: dict[str, Any]
     teacher_recipe: dict[str, Any]
     arms: Sequence[Arm]
+    task: str = "classify"
+    inherit: bool = False
+    search: Search | None = None
 
     def run(self, out: Path, seeds: Sequence[int], smoke: bool) -> Study:
         """All runs of all arms, seed by seed, so that an interrupted experiment has whole seeds."""
         folder = out / (f"{self.name}-smoke" if smoke else self.name)
         tiny = SMOKE if smoke else {}
-        recipe = self.recipe | self.teacher_recipe | tiny
+        recipe = {"task": self.task} | self.recipe | self.teacher_recipe | tiny
         teacher = _finished("scratch", folder / "teacher", student=self.teacher, data=self.teacher_data, **recipe)
+        found = {arm.name: self._searched(arm, teacher, folder, tiny) for arm in self.arms}
         runs: dict[str, list[Run]] = {arm.name: [] for arm in self.arms}
         for seed in seeds:
             for arm in self.arms:
-                settings = {"student": self.student, "data": self.data, "seed": seed, **self.recipe, **arm.settings, **tiny}
-                if arm.method != "scratch":
-                    settings["teacher"] = str(teacher.folder)
-                run = _finished(arm.method, folder / f"{_slug(arm.name)}-{seed}", **settings)
-                LOG.info("%s, %s, seed %d: top-1 %.4f", self.name, arm.name, seed, run.metrics["top1"])
-                runs[arm.name].append(run)
-        return Study(self, teacher, seeds, runs)
+                settings = self._settings(arm, teacher, **found[arm.name]) | {"seed": seed, **tiny}
+                runs[arm.name].append(self._trained(arm, folder / f"{_slug(arm.name)}-{seed}", settings))
+        return Study(self, teacher, seeds, runs, found)
+
+    def _searched(self, arm: Arm, teacher: Run, folder: Path, tiny: dict[str, Any]) -> dict[str, float]:
+        """The learning rate and the scale of the weights that did best in short runs."""
+        if self.search is None:
+            return {}
+
+        def score(rate: float, scale: float) -> float:
+            settings = self._settings(arm, teacher, lr=rate, scale=scale) | {"seed": self.search.seed, **tiny}  # type: ignore[union-attr]
+            settings["epochs"] = max(1, round(settings["epochs"] * self.search.share))  # type: ignore[union-attr]
+            settings["eval_every"] = settings["epochs"]
+            return self.headline(self._trained(arm, folder / f"search-{_slug(arm.name)}-{rate:g}-{scale:g}", settings))
+
+        rate = max(self.search.rates, key=lambda rate: score(rate, 1.0))
+        scale = max((1.0, *(self.search.scales if arm.weights else ())), key=lambda scale: score(rate, scale))
+        return {"lr": rate, "scale": scale}
+
+    def _settings(self, arm: Arm, teacher: Run, lr: float | None = None, scale: float = 1.0) -> dict[str, Any]:
+        settings = {"student": self.student, "data": self.data, "task": self.task, **self.recipe, **arm.settings}
+        defaults = distillers.settings(arm.method)
+        settings |= {name: scale * arm.settings.get(name, defaults[name].default) for name in arm.weights}
+        settings |= {"lr": lr} if lr is not None else {}
+        settings |= {"inherit": str(teacher.folder)} if self.inherit else {}
+        return settings | ({"teacher": str(teacher.folder)} if arm.method != "scratch" else {})
+
+    def _trained(self, arm: Arm, folder: Path, settings: dict[str, Any]) -> Run:
+        run = _finished(arm.method, folder, **settings)
+        LOG.info("%s: %s %.4f", folder.name, tasks.find(self.task).titles[tasks.find(self.task).headline], self.headline(run))
+        return run
+
+    def headline(self, run: Run) -> float:
+        """The metric that decides, of a run's last evaluation."""
+        return run.metrics[tasks.find(self.task).headline]
 
 
 def curriculum(run: Run) -> tuple[float, float] | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from stillhouse.evidence.experiment import Arm, Study, curriculum
+from stillhouse import tasks
+from stillhouse.evidence.experiment import Arm, Search, Study, curriculum
 from stillhouse.report.numbers import si
+from stillhouse.training.log import read_table
 
 
 def write_evidence(path: Path, name: str, claim: str, studies: Sequence[Study]) -> Path:
@@ -21,30 +23,77 @@ def write_evidence(path: Path, name: str, claim: str, studies: Sequence[Study]) 
 
 
 def _study(study: Study) -> list[str]:
-    first = study.experiment.arms[0].name
-    reference = _top1(study, first)
-    steps = _steps(study)
-    rows = [_row(study, arm, reference if arm.name != first else None, steps) for arm in study.experiment.arms]
-    columns = ("arm", "top-1, %", f"minus {first}, paired", "teacher, multiply-adds an image", "step, × labels only [quartiles]")
-    header = f"| {' | '.join(columns)} | teacher's top-1 on what it saw, first → last |"
-    teacher = study.teacher
-    recipe = {key: value for key, value in study.experiment.recipe.items() if key not in ("eval_every", "save_every")}
+    experiment, teacher = study.experiment, study.teacher
+    first = experiment.arms[0].name
+    task = tasks.find(experiment.task)
+    extra = _of_masked_tokens(study) if experiment.task == "classify" else _of_dense(study)
+    title = task.titles[task.headline]
+    columns = ("arm", f"{title}, %", f"minus {first}, paired", *extra[0])
+    rows = [_row(study, arm, extra[1](arm)) for arm in experiment.arms]
+    recipe = {key: value for key, value in experiment.recipe.items() if key not in ("eval_every", "save_every")}
     shared = ", ".join(f"{key} {value}" for key, value in recipe.items())
     setting = (
-        f"{study.experiment.title}. Student `{study.experiment.student}`; teacher `{study.experiment.teacher}`, "
-        f"top-1 {100 * teacher.metrics['top1']:.1f} %. {shared}. Mean ± standard deviation over seeds {', '.join(map(str, study.seeds))}; "
-        f"{teacher.facts['data']['val']} validation images; the last epoch, never the best."
+        f"{experiment.title}. Student `{experiment.student}`; teacher `{experiment.teacher}`, "
+        f"{title} {100 * experiment.headline(teacher):.1f} %. {shared}. Mean ± standard deviation over seeds "
+        f"{', '.join(map(str, study.seeds))}; {teacher.facts['data']['val']} validation images; the last epoch, never the best."
+        f"{_how_searched(experiment.search)}"
     )
-    return [setting, "\n".join([header, "|---|---|---|---|---|---|", *rows])]
+    return [setting, "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows])]
 
 
-def _row(study: Study, arm: Arm, reference: list[float] | None, steps: dict[str, str]) -> str:
-    runs, top1 = study.runs[arm.name], _top1(study, arm.name)
-    difference = _spread([a - b for a, b in zip(top1, reference, strict=True)], sign=True) if reference else ""
-    macs = (runs[0].facts["models"].get("teacher") or {}).get("macs_kept")
-    moments = [curriculum(run) for run in runs]
-    shown = "" if None in moments else " → ".join(f"{100 * statistics.mean(m[end] for m in moments if m):.0f}" for end in (0, 1))
-    return f"| {arm.name} | {_spread(top1)} | {difference} | {si(macs) if macs else ''} | {steps.get(arm.name, '')} | {shown} |"
+def _how_searched(search: Search | None) -> str:
+    if search is None:
+        return ""
+    rates, scales = ("{" + ", ".join(f"{value:g}" for value in values) + "}" for values in (search.rates, search.scales))
+    return (
+        f" Every arm's learning rate is the best of {rates}, then the scale of its loss weights the best of {scales} and 1, "
+        f"each tried once with seed {search.seed} in {search.share:.0%} of the epochs."
+    )
+
+
+def _row(study: Study, arm: Arm, extra: list[str]) -> str:
+    values, first = _headlines(study, arm.name), study.experiment.arms[0].name
+    reference = _headlines(study, first)
+    difference = _spread([a - b for a, b in zip(values, reference, strict=True)], sign=True) if arm.name != first else ""
+    return f"| {' | '.join([arm.name, _spread(values), difference, *extra])} |"
+
+
+SECOND = ("map_50", "accuracy")
+"""What is told of a detector or segmenter beside the headline."""
+Extra = tuple[list[str], Callable[[Arm], list[str]]]
+"""Columns of a task's own, and an arm's cells in them."""
+
+
+def _of_masked_tokens(study: Study) -> Extra:
+    steps = _steps(study)
+
+    def cells(arm: Arm) -> list[str]:
+        runs = study.runs[arm.name]
+        macs = (runs[0].facts["models"].get("teacher") or {}).get("macs_kept")
+        moments = [curriculum(run) for run in runs]
+        shown = "" if None in moments else " → ".join(f"{100 * statistics.mean(m[end] for m in moments if m):.0f}" for end in (0, 1))
+        return [si(macs) if macs else "", steps.get(arm.name, ""), shown]
+
+    columns = ["teacher, multiply-adds an image", "step, × labels only [quartiles]", "teacher's top-1 on what it saw, first → last"]
+    return columns, cells
+
+
+FIGURES = {"mask_mean_spatial": "mask, places", "mask_mean_channel": "mask, channels", "dice_spatial": "Dice", "corr": "correlation"}
+"""What ACAM-KD watches, as a table calls it."""
+
+
+def _of_dense(study: Study) -> Extra:
+    titles = {key: title for key, title in tasks.find(study.experiment.task).titles.items() if key in SECOND}
+
+    def cells(arm: Arm) -> list[str]:
+        runs, found = study.runs[arm.name], study.found[arm.name]
+        others = [_spread([100 * run.metrics[key] for run in runs]) for key in titles]
+        tables = [read_table(run.folder / "watch.csv") for run in runs]
+        last = [table[-1] for table in tables if table]
+        figures = [f"{statistics.mean(float(row[key]) for row in last):.2f}" if last and key in last[0] else "" for key in FIGURES]
+        return [*others, *(f"{found[key]:g}" if found else "" for key in ("lr", "scale")), *figures]
+
+    return [*(f"{title}, %" for title in titles.values()), "lr", "× weight", *FIGURES.values()], cells
 
 
 def _steps(study: Study) -> dict[str, str]:
@@ -66,8 +115,8 @@ def _steps(study: Study) -> dict[str, str]:
     }
 
 
-def _top1(study: Study, arm: str) -> list[float]:
-    return [100 * run.metrics["top1"] for run in study.runs[arm]]
+def _headlines(study: Study, arm: str) -> list[float]:
+    return [100 * study.experiment.headline(run) for run in study.runs[arm]]
 
 
 def _spread(values: list[float], sign: bool = False) -> str:

@@ -9,53 +9,56 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from stillhouse.distillers.base import Distiller
-from stillhouse.models.outputs import logits_of
 from stillhouse.randomness import samples, seed_from
-from stillhouse.tasks.classify import Classify
+from stillhouse.training.batches import on_device
 
 
 @torch.no_grad()
 def evaluate(
     student: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Any, Any]],
     accelerator: Accelerator,
-    classes: int,
+    metric: Metric,
     distiller: Distiller | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Metrics of `student` over `batches` of (ids, images, labels), gathered over all processes.
+    """What `metric` (of `stillhouse.tasks`) says of `student` over `batches` of (ids, images, targets), gathered over all processes.
 
-    With a distiller also the agreement with its teacher, the teacher's own top-1 *on what it was shown*, and the mean of every loss term
-    as `val_NAME`; what a distiller draws by sample follows from `seed` and the sample alone. Networks are in eval mode during the pass,
-    and back in the mode they were in after it.
+    With a distiller also how the student compares with its teacher, where the teacher's own output was seen (its top-1 is that *on what
+    it was shown*), and the mean of every loss term as `val_NAME`; what a distiller draws by sample follows from `seed` and the sample
+    alone. Networks are in eval mode during the pass, and back in the mode they were in after it.
     """
-    task = Classify(classes).to(accelerator.device)
+    metric = metric.to(accelerator.device)
     sums: dict[str, Tensor] = {}
-    with _evaluating(student, distiller), _teacher_logits(distiller) as seen:
-        for ids, images, labels in batches:
-            images, labels = images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device, non_blocking=True)
+    with _evaluating(student, distiller), _teacher_output(distiller) as seen:
+        for ids, images, targets in batches:
+            images, targets = on_device((images, targets), accelerator.device)
             with accelerator.autocast(), samples(seed_from(seed, "evaluate"), 0, ids):
-                terms = distiller((images, labels)) if distiller is not None else {}
-                logits = logits_of(student(images))
-            task.update(logits, labels, seen.pop() if seen else None)
-            for name, value in {**terms, "": torch.ones((), device=images.device)}.items():
-                sums[name] = sums.get(name, 0.0) + value.double() * len(labels)
-    metrics = task.compute()
+                terms = distiller((images, targets)) if distiller is not None else {}
+                output = student(images)
+            metric.update(output, targets, seen.pop() if seen else None)
+            for name, value in {**terms, "": torch.ones((), device=accelerator.device)}.items():
+                sums[name] = sums.get(name, 0.0) + value.double() * len(targets)
+    metrics: dict[str, float] = metric.compute()
     total = {name: accelerator.reduce(value, "sum") for name, value in sums.items()}
     return metrics | {f"val_{name}": (value / total[""]).item() for name, value in total.items() if name}
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> float:
-    """Top-1 of any network over `batches` of (ids, images, labels), in eval mode, on this process alone."""
-    right = count = 0
+def measured(network: nn.Module, batches: Iterable[tuple[Tensor, Any, Any]], device: torch.device, metric: Metric) -> Metric:
+    """`metric`, after any network's pass over `batches` of (ids, images, targets), in eval mode.
+
+    For what one process does alone, make the metric with `sync_on_compute=False`.
+    """
+    metric = metric.to(device)
     with _evaluating(network):
-        for _, images, labels in batches:
-            right += int((logits_of(network(images.to(device))).argmax(-1).cpu() == labels).sum())
-            count += len(labels)
-    return right / count
+        for _, images, targets in batches:
+            images, targets = on_device((images, targets), device)
+            metric.update(network(images), targets)
+    return metric
 
 
 @contextmanager
@@ -71,13 +74,13 @@ def _evaluating(*networks: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
-def _teacher_logits(distiller: Distiller | None) -> Iterator[list[Tensor]]:
-    """The list holds the logits of the teacher's last run, so that no distiller needs to hand them out."""
-    seen: list[Tensor] = []
+def _teacher_output(distiller: Distiller | None) -> Iterator[list[Any]]:
+    """The list holds the output of the teacher's last run, so that no distiller needs to hand it out."""
+    seen: list[Any] = []
     teacher = getattr(distiller, "teacher", None)
 
     def remember(module: nn.Module, inputs: Any, output: Any) -> None:
-        seen[:] = [logits_of(output)]
+        seen[:] = [output]
 
     handle = teacher.register_forward_hook(remember) if teacher is not None else None
     try:

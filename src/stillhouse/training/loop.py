@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -15,9 +16,13 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType, parse_flag_from_env
 from safetensors.torch import save_file
+from timm.data.mixup import Mixup
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import resize
 
+from stillhouse import tasks
 from stillhouse.data import Data
 from stillhouse.data.loading import TrainBatches, eval_batches, mixing
 from stillhouse.distillers.base import Clock, Distiller
@@ -26,6 +31,7 @@ from stillhouse.interrupted import Interrupted
 from stillhouse.models.preprocessing import Preprocessing
 from stillhouse.randomness import samples, seed_from
 from stillhouse.run_folder import writing
+from stillhouse.training.batches import in_parts, on_device
 from stillhouse.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -40,7 +46,10 @@ from stillhouse.training.optim import players_of
 from stillhouse.training.progress import Progress
 from stillhouse.training.recipe import Recipe
 
+LOG = logging.getLogger("stillhouse")
 SMOKE_STEPS, SMOKE_BATCHES, PICTURES = 4, 2, 6
+SHOWN = 400
+"""Pixels of the longer side of a stored picture."""
 
 
 class Loop:
@@ -70,6 +79,7 @@ class Loop:
     ) -> None:
         self.accelerator = accelerator_for(recipe, folder, turns=len(distiller.turns()))
         self.data, self.recipe, self.folder, self.facts, self.title = data, recipe, folder, facts or {}, title
+        self.task = tasks.find(data.task)
         self.eval_transform, self.preprocessing = transforms[1], preprocessing
         self.batch = recipe.batch
         self.batches = TrainBatches(
@@ -80,7 +90,7 @@ class Loop:
             shards=self.accelerator.num_processes,
             shard=self.accelerator.process_index,
             workers=recipe.workers,
-            mix=mixing(len(data.classes), mixup=recipe.mixup, cutmix=recipe.cutmix, smoothing=recipe.smoothing),
+            mix=_mixing(data, recipe),
         )
         if self.batch // self.accelerator.num_processes % recipe.accumulate:
             raise UserError(f"a process's part of the batch of {self.batch} does not divide into accumulate={recipe.accumulate} parts")
@@ -96,7 +106,9 @@ class Loop:
         self.model = self.accelerator.prepare(distiller)
         for player in self.players:
             player.optimizer = self.accelerator.prepare_optimizer(player.optimizer)
-        self.terms = Terms()
+        self.terms, self.figures = Terms(), Terms()
+        self.alarms: list[str] = []
+        self.alarmed = False
         self.step = 0
 
     def run(self) -> dict[str, float]:
@@ -117,7 +129,7 @@ class Loop:
     def run_from_here(self) -> dict[str, float]:
         """`run`, once it is known where to begin."""
         main = self.accelerator.is_main_process
-        train, speed, val = (Table(self.folder / f"{name}.csv", self.step, main) for name in ("train", "speed", "val"))
+        train, watch, speed, val = (Table(self.folder / f"{name}.csv", self.step, main) for name in ("train", "watch", "speed", "val"))
         metrics: dict[str, float] = {}
         first, elsewhere, begun = self.step, 0.0, time.perf_counter()
         self.pictures(first)
@@ -129,14 +141,15 @@ class Loop:
                 if self.step % self.recipe.log_every == 0 or self.step == self.steps:
                     row = self.terms.mean(self.accelerator)
                     self.write(train, {"lr": self.players[0].optimizer.param_groups[0]["lr"], **row})
+                    self.watched(watch)
                     seconds = time.perf_counter() - begun - elsewhere
                     self.write(speed, {"images_per_second": (self.step - first) * self.batch / max(seconds, 1e-9)})
                     progress.show(f"loss {row['total']:.3f}" if row else "")
                 paused = time.perf_counter()
                 if self.evaluates():
                     metrics = self.evaluate()
-                    self.write(val, metrics)
-                    progress.show(f"top-1 {metrics['top1']:.3f}")
+                    self.write(val, tasks.by_class(metrics)[0])
+                    progress.show(f"{self.task.titles[self.task.headline]} {metrics[self.task.headline]:.3f}")
                 self.pictures(self.step)
                 stopping = self.stops(interruption)
                 if self.saves() or stopping:
@@ -146,22 +159,23 @@ class Loop:
                 elsewhere += time.perf_counter() - paused
         return metrics or {name: float(value) for name, value in read_table(val.path)[-1].items() if name not in ("step", "epoch")}
 
-    def to_do(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """(step, ids, images, labels) from where the run is to its end: this process's share of every global batch."""
+    def to_do(self) -> Iterator[tuple[int, Tensor, Any, Any]]:
+        """(step, ids, images, targets) from where the run is to its end: this process's share of every global batch."""
         while self.step < self.steps:
             epoch, start = divmod(self.step, self.steps_per_epoch)
-            for index, ids, images, labels in self.batches.epoch(epoch, start):
-                yield epoch * self.steps_per_epoch + index, ids, images, labels
+            for index, ids, images, targets in self.batches.epoch(epoch, start):
+                yield epoch * self.steps_per_epoch + index, ids, images, targets
                 if self.step >= self.steps:
                     return
 
-    def update(self, step: int, ids: Tensor, images: Tensor, labels: Tensor) -> None:
+    def update(self, step: int, ids: Tensor, images: Any, targets: Any) -> None:
         """One step: every turn that is due learns from the same images; then what moves without gradients moves."""
-        images, labels = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in (images, labels))
-        parts = list(zip(*(tensor.chunk(self.recipe.accumulate) for tensor in (ids, images, labels)), strict=True))
+        batch = (ids, *on_device((images, targets), self.accelerator.device))
+        parts = list(zip(*(in_parts(each, self.recipe.accumulate) for each in batch), strict=True))
         if not self.model.training:
             self.model.train()
         seen: dict[str, Tensor] = {}
+        figures: dict[str, Tensor] = {}
         for player in self.players:
             player.schedule.step_update(step)
             if step % player.turn.every:
@@ -172,23 +186,27 @@ class Loop:
                 terms = self.learn(player.turn.name, step, part, 1 / len(parts), last)
                 for name, value in terms.items():
                     seen[name] = seen.get(name, 0.0) + value.detach() / len(parts)
+                for name, value in self.distiller.watch().items():
+                    figures[name] = figures.get(name, 0.0) + value.detach() / len(parts)
             if self.recipe.clip is not None:
                 self.accelerator.clip_grad_norm_(player.turn.parameters, self.recipe.clip)
             player.optimizer.step()
             self.model.zero_grad(set_to_none=True)
         if seen:
             self.terms.add(step + 1, seen)
+        if figures:
+            self.figures.add(step + 1, figures)
         self.distiller.after_update(self.clock(step + 1))
         if self.ema is not None:
             self.ema.update(self.distiller.product, step=step + 1)
 
-    def learn(self, turn: str, step: int, part: tuple[Tensor, Tensor, Tensor], share: float, last: bool) -> dict[str, Tensor]:
+    def learn(self, turn: str, step: int, part: tuple[Tensor, Any, Any], share: float, last: bool) -> dict[str, Tensor]:
         """The gradients of one part of the batch; processes exchange them with the last part only."""
-        ids, images, labels = part
+        ids, images, targets = part
         waiting = nullcontext() if last else self.accelerator.no_sync(self.model)
         with waiting, samples(self.recipe.seed, step, ids):
             with self.accelerator.autocast():
-                terms = self.model((images, labels), turn)
+                terms = self.model((images, targets), turn)
             self.accelerator.backward(torch.stack(list(terms.values())).sum() * share)
         return terms
 
@@ -225,36 +243,66 @@ class Loop:
         if self.recipe.smoke:
             batches = (batch for _, batch in zip(range(SMOKE_BATCHES), batches, strict=False))
         torch.manual_seed(seed_from(self.recipe.seed, "evaluate", self.step))
-        return evaluate(self.kept, batches, self.accelerator, len(self.data.classes), self.distiller, self.recipe.seed)
+        return evaluate(self.kept, batches, self.accelerator, self.task(self.data.classes), self.distiller, self.recipe.seed)
 
     @property
     def kept(self) -> nn.Module:
         """What the run would leave behind now: the distiller's product, or its moving average."""
         return self.ema.module if self.ema is not None else self.distiller.product
 
+    def watched(self, table: Table) -> None:
+        """What the method watches, as a row of its own; an alarm is told when it begins, and kept for the report."""
+        row = self.figures.mean(self.accelerator)
+        if not row:
+            return
+        row.pop("total")
+        self.write(table, row)
+        alarm = self.distiller.alarm(row)
+        if alarm and not self.alarmed:
+            self.alarms.append(f"step {self.step}: {alarm}")
+            if self.accelerator.is_main_process:
+                LOG.warning(self.alarms[-1])
+        self.alarmed = bool(alarm)
+
     def pictures(self, step: int) -> None:
         """At the start, the middle and the end: what a handful of validation images look like to student and teacher, for the report."""
         moments = {0: 0.0, int(self.steps) // 2: 0.5, int(self.steps): 1.0}
         if step not in moments or not self.accelerator.is_main_process:
             return
-        few = eval_batches(self.data.val, self.eval_transform, batch=self.batch, workers=0, shards=1, shard=0)
-        _, images, labels = (tensor[:PICTURES] for tensor in next(iter(few)))
+        few = eval_batches(self.data.val, self.eval_transform, batch=min(self.batch, PICTURES), workers=0, shards=1, shard=0)
+        _, images, targets = next(iter(few))
+        seen_images, seen_targets = on_device((images, targets), self.accelerator.device)
         training = self.distiller.training
         self.distiller.eval()
         torch.manual_seed(seed_from(self.recipe.seed, "look", step))
-        maps = self.distiller.look((images.to(self.accelerator.device), labels.to(self.accelerator.device)))
+        maps = self.distiller.look((seen_images, seen_targets))
+        pictures = self.undo(images)
+        tensors = {"images": small(pictures), **{name: value.float().cpu() for name, value in maps.items()}}
+        if self.data.task == "classify":
+            tensors["labels"] = targets
+        else:
+            tensors |= self.drawn(pictures, seen_images, targets)
         self.distiller.train(training)
-        tensors = {"images": self.undo(images), "labels": labels, **{name: value.float().cpu() for name, value in maps.items()}}
         path = self.folder / "pictures" / f"step-{step:08d}.safetensors"
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             told = {"step": str(step), "progress": str(moments[step])}
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=told)
 
-    def undo(self, images: Tensor) -> Tensor:
-        """Pictures uint8 [n, C, H, W] from what the student takes."""
+    @torch.no_grad()
+    def drawn(self, pictures: Tensor, images: Any, targets: Any) -> dict[str, Tensor]:
+        """Labels and what the student says now, laid over the pictures."""
+        classes, draw = self.data.classes, self.task.draw
+        self.kept.eval()
+        drawn = {"labels": draw(pictures, targets, classes), "student": draw(pictures, self.kept(images), classes)}
+        return {f"drawn/{name}": small(each) for name, each in drawn.items()}
+
+    def undo(self, images: Any) -> Tensor:
+        """Pictures uint8 [n, C, H, W] from what the student takes; those of several sizes lie in the upper left of the largest."""
+        height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.preprocessing.mean, self.preprocessing.std))
-        return ((images * std + mean) * 255).round().clamp(0, 255).byte()
+        pictures = [((image * std + mean) * 255).round().clamp(0, 255).byte() for image in images]
+        return torch.stack([F.pad(picture, (0, width - picture.shape[-1], 0, height - picture.shape[-2])) for picture in pictures])
 
     def write(self, table: Table, row: dict[str, float]) -> None:
         """A row for the CSV file and the trackers."""
@@ -273,11 +321,12 @@ class Loop:
                 "distiller": _tensors(self.distiller.state_dict()),
                 **{f"optimizer-{p.turn.name}": optimizer_tensors(p.optimizer) for p in self.players},
             }
-            parts["log"] = self.terms.tensors()
+            parts["log"], parts["watch"] = self.terms.tensors(), self.figures.tensors()
             if self.ema is not None:
                 parts["ema"] = _tensors(self.ema.module.state_dict())
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-            save_checkpoint(self.folder / "checkpoints", self.step, parts, {"facts": self.facts, "scaler": scaler})
+            state = {"facts": self.facts, "scaler": scaler, "alarms": self.alarms, "alarmed": self.alarmed}
+            save_checkpoint(self.folder / "checkpoints", self.step, parts, state)
         self.accelerator.wait_for_everyone()
 
     def load(self) -> None:
@@ -304,8 +353,21 @@ class Loop:
             raise UserError(f"{found[-1]} is of another network ({str(error).splitlines()[0]}); start anew with --out") from error
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
-        self.step = facts["step"]
-        self.terms.restore({name: value.to(self.accelerator.device) for name, value in parts["log"].items()})
+        self.step, self.alarms, self.alarmed = facts["step"], facts["alarms"], facts["alarmed"]
+        for terms, part in ((self.terms, "log"), (self.figures, "watch")):
+            terms.restore(on_device(parts[part], self.accelerator.device))
+
+
+def small(pictures: Tensor) -> Tensor:
+    """uint8 [n, C, H, W] with sides of at most `SHOWN` pixels: pictures are to be looked at, not to be learnt from."""
+    share = SHOWN / max(pictures.shape[-2:])
+    return pictures if share >= 1 else resize(pictures, [max(1, round(side * share)) for side in pictures.shape[-2:]], antialias=True)
+
+
+def _mixing(data: Data, recipe: Recipe) -> Mixup | None:
+    if data.task != "classify" and (recipe.mixup or recipe.cutmix or recipe.smoothing):
+        raise UserError(f"mixup, cutmix and smoothing are for class labels, and '{data.name}' is to {data.task}: leave them out")
+    return mixing(len(data.classes), mixup=recipe.mixup, cutmix=recipe.cutmix, smoothing=recipe.smoothing)
 
 
 def accelerator_for(recipe: Recipe, folder: Path, turns: int = 1) -> Accelerator:
