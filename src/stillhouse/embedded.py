@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stillhouse.data import TaskName
     from stillhouse.distillers.base import Distiller
 
 
@@ -35,6 +36,10 @@ class Job:
 
 VIT = "timm/vit_tiny_patch16_224:img_size=24,patch_size=4,weight_init=jax"  # timm's own initialisation learns slowly when so narrow
 DIGITS = "digits:canvas=24,clutter=2,step=4"
+SCENES = "scenes:size=48,classes=3,clutter=0,noise=0"  # easy enough for networks that learn in a minute
+FCOS = "torchvision/fcos:channels=64,levels=2,stride=8,convs=2"
+LRASPP = "torchvision/lraspp:channels=64,stride=16"
+DENSE = {"hflip": 0.0, "log_every": 25, "save_every": 500}  # a digit in a mirror is no digit
 JOBS = {
     "classify": Job(
         folder="digits-teacher",
@@ -46,11 +51,31 @@ JOBS = {
         recipe={"epochs": 150, "lr": 3e-3, "warmup_epochs": 15, "eval_every": 10},
         teacher_recipe={"epochs": 50, "lr": 1.5e-3, "warmup_epochs": 5, "eval_every": 10},
     ),
+    "detect": Job(
+        folder="detect-teacher",
+        data=f"{SCENES},train=300",
+        teacher_data=f"{SCENES},train=2000",
+        student=f"{FCOS},backbone=timm/lcnet_035",
+        teacher=f"{FCOS},backbone=timm/resnet10t",
+        same={"batch": 8, **DENSE},
+        recipe={"epochs": 16, "lr": 4e-3, "warmup_epochs": 1, "eval_every": 4},
+        teacher_recipe={"epochs": 5, "lr": 2e-3, "warmup_epochs": 0.5},
+    ),
+    "segment": Job(
+        folder="segment-teacher",
+        data=f"{SCENES},train=200",
+        teacher_data=f"{SCENES},train=2000",
+        student=f"{LRASPP},backbone=timm/test_efficientnet",
+        teacher=f"{LRASPP},backbone=timm/resnet10t",
+        same={"batch": 8, **DENSE},
+        recipe={"epochs": 20, "lr": 6e-3, "warmup_epochs": 2, "eval_every": 5},
+        teacher_recipe={"epochs": 6, "lr": 3e-3, "warmup_epochs": 1},
+    ),
 }
 
 
 def embedded_job(
-    method: str | type[Distiller], task: str, given: dict[str, Any], beside: Path, train: Callable[..., Any]
+    method: str | type[Distiller], task: TaskName, given: dict[str, Any], beside: Path, train: Callable[..., Any]
 ) -> dict[str, Any]:
     """The settings of a task's job, where the user names no others. Its teacher is trained once, into a folder beside the run, and used
     again by later runs.
@@ -67,13 +92,14 @@ def embedded_job(
     settings = {"student": job.student, "data": job.data, "task": task, **job.same, **job.recipe}
     if method == "scratch":
         return settings | given
-    _refuse_what_cannot_work(method, job, given)
+    _refuse_what_cannot_work(method, task, given)
     smoke = bool(given.get("smoke"))
     teacher = embedded_teacher(task, beside, train, smoke)
-    return settings | {"teacher": str(teacher), "baseline": True, "allow_weak_teacher": smoke} | given
+    start = {} if task == "classify" else {"inherit": "teacher"}
+    return settings | {"teacher": str(teacher), "baseline": True, "allow_weak_teacher": smoke} | start | given
 
 
-def embedded_teacher(task: str, beside: Path, train: Callable[..., Any], smoke: bool = False) -> Path:
+def embedded_teacher(task: TaskName, beside: Path, train: Callable[..., Any], smoke: bool = False) -> Path:
     """The folder of a job's teacher, trained first if it is not there or not finished."""
     job = JOBS[task]
     folder = beside / (f"{job.folder}-smoke" if smoke else job.folder)
@@ -85,12 +111,14 @@ def embedded_teacher(task: str, beside: Path, train: Callable[..., Any], smoke: 
     return folder
 
 
-def _refuse_what_cannot_work(method: str | type[Distiller], job: Job, given: dict[str, Any]) -> None:
+def _refuse_what_cannot_work(method: str | type[Distiller], task: TaskName, given: dict[str, Any]) -> None:
     from stillhouse import distillers
     from stillhouse.data import open_data
-    from stillhouse.session import open_student, split_settings
+    from stillhouse.session import open_student, refuse_other_task, split_settings
 
+    job = JOBS[task]
     _, _, settings = split_settings(method, given)
-    data = open_data(job.data)
+    data = open_data(job.data, task=task)
+    refuse_other_task(method, data)
     student, teacher = (open_student(spec, data, "random", False, 0) for spec in (job.student, job.teacher))
     next(distillers.find(method).stages(student, teacher, 1, **settings))

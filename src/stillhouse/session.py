@@ -71,7 +71,7 @@ class Session:
         self.recipe, self.augmentation, self.settings = split_settings(job["method"], job)
         self.job = job
         self.data = open_data(_needed(job, "data"), seed=self.recipe.seed, bad_data=job["bad_data"], task=job["task"])
-        _refuse_other_task(self.method, self.distiller, self.data)
+        refuse_other_task(job["method"], self.data)
         self.teacher = self.open_teacher()
         self.student = open_student(_needed(job, "student"), self.data, job["student_weights"], job["allow_partial"], self.recipe.seed)
         self.inherit()
@@ -248,11 +248,17 @@ def split_settings(method: str | type[Distiller], settings: dict[str, Any]) -> t
     return recipe, augmentation, {name: settings.get(name, parameter.default) for name, parameter in own.items()}
 
 
-def _refuse_other_task(method: str, distiller: type[Distiller], data: Data) -> None:
-    if data.task not in distiller.tasks:
+def refuse_other_task(method: str | type[Distiller], data: Data) -> None:
+    """Refuses data that are not what the method is for.
+
+    Raises:
+        UserError: naming the methods that are.
+    """
+    kind = distillers.find(method)
+    if data.task not in kind.tasks:
         fitting = [name for name in distillers.modules() if data.task in distillers.find(name).tasks]
         raise UserError(
-            f"method {method} is for data to {' or '.join(distiller.tasks)}, and '{data.name}' is to {data.task}; "
+            f"method {distillers.name_of(method)} is for data to {' or '.join(kind.tasks)}, and '{data.name}' is to {data.task}; "
             f"use one of {', '.join(sorted(fitting))}"
         )
 
@@ -286,7 +292,8 @@ def input_of(student: nn.Module, data: Data) -> Preprocessing:
     known = preprocessing_of(student)
     if data.task == "detect":
         return known or Preprocessing((0.0,) * data.channels, (1.0,) * data.channels, None)
-    return known or Preprocessing(data.mean, data.std, data.size or SIZES[data.task])
+    known = known or Preprocessing(data.mean, data.std, data.size or SIZES[data.task])
+    return known if known.size or data.task == "classify" else dataclasses.replace(known, size=data.size or SIZES[data.task])
 
 
 def student_so_far(folder: Path) -> None:

@@ -60,6 +60,21 @@ def test_a_transformers_tokens_are_laid_out_on_their_grid() -> None:
     assert tiny_map.shape == (2, 32, 4, 4)
 
 
+def test_a_map_may_have_as_many_rows_as_channels() -> None:
+    detector = tiny_detector(width=8)
+    detector.transform.max_size = 2 * SIDE
+    finest = Levels(detector, "neck").of([torch.rand(3, SIDE, SIDE + 16)])[0]
+    assert finest.shape[1:3] == (8, SIDE // 4)
+    assert finest.shape[3] > SIDE // 4
+
+    class Last(nn.Module):
+        def forward(self, maps: torch.Tensor) -> torch.Tensor:
+            return maps.permute(0, 2, 3, 1)
+
+    swin_like = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), Last())
+    assert Levels(swin_like, "1").of(torch.rand(1, 3, 32, 48))[0].shape == (1, 8, 8, 12)
+
+
 def test_what_was_taken_is_gone() -> None:
     segmenter = tiny_segmenter()
     levels = Levels(segmenter, "logits")

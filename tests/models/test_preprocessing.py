@@ -61,6 +61,18 @@ def test_a_constant_image_stays_constant_through_a_resize() -> None:
     assert torch.allclose(fed, normalised(torch.full((1, 3, 20, 20), 0.3), HALF), atol=1e-5)
 
 
+def test_what_is_not_square_keeps_its_shape_where_that_is_asked() -> None:
+    teacher = Preprocessing(IMAGENET.mean, IMAGENET.std, 4)
+    wide, padded = torch.randn(1, 3, 8, 12), torch.randn(2, 3, 12, 12)
+    assert Refeed(IMAGENET, teacher)(wide).shape[-2:] == (4, 4)
+    keeping = Refeed(IMAGENET, teacher, keep_shape=True)
+    assert torch.equal(keeping(wide), F.interpolate(wide, (4, 6), mode="bicubic", antialias=True))
+    assert keeping(padded).shape[-2:] == (6, 6)  # of 8 x 12 and 12 x 8, padded
+    assert Refeed(IMAGENET, IMAGENET, keep_shape=True)(padded) is padded
+    any_size = Preprocessing(IMAGENET.mean, IMAGENET.std)
+    assert Refeed(any_size, teacher, keep_shape=True)(wide).shape[-2:] == (4, 6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtype_is_kept_and_rounded_once(dtype: torch.dtype) -> None:
     images = torch.randn(2, 3, 8, 8).to(dtype)

@@ -76,7 +76,9 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.teacher = teacher.requires_grad_(False).eval() if teacher is not None else None
-        self.refeed = Refeed(preprocessing_of(student), preprocessing_of(teacher) if teacher is not None else None)
+        wanted = preprocessing_of(teacher) if teacher is not None else None
+        segments = getattr(student, "stillhouse", {}).get("task") == "segment"
+        self.refeed = Refeed(preprocessing_of(student), wanted, keep_shape=segments)
         self.register_state_dict_post_hook(_without_frozen)
         self.register_load_state_dict_pre_hook(_with_frozen)
 

@@ -44,10 +44,11 @@ def _study(study: Study) -> list[str]:
 def _how_searched(search: Search | None) -> str:
     if search is None:
         return ""
-    rates, scales = ("{" + ", ".join(f"{value:g}" for value in values) + "}" for values in (search.rates, search.scales))
+    rates, scales = ("{" + ", ".join(f"{value:g}" for value in values) + "}" for values in (search.rates, (1.0, *search.scales)))
+    weights = f", then the factor on its loss weights the best of {scales}" if search.scales else ""
     return (
-        f" Every arm's learning rate is the best of {rates}, then the scale of its loss weights the best of {scales} and 1, "
-        f"each tried once with seed {search.seed} in {search.share:.0%} of the epochs."
+        f" Every arm's learning rate is the best of {rates}{weights}, each tried once with seed {search.seed} in {search.share:.0%} "
+        "of the epochs."
     )
 
 

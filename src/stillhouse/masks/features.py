@@ -69,9 +69,9 @@ def channel_masks(feature_BNC: Tensor, units_M1: Tensor, *, balanced: bool = Fal
     return (units_M1.float() * (_standardised(mean_B1C) if balanced else mean_B1C)).sigmoid()
 
 
-def opposed(masks: Tensor) -> Tensor:
-    """The same masks; gradients come back with the other sign, so that what is minimised is maximised over the masks."""
-    return 2 * masks.detach() - masks
+def opposed(masks: Tensor, share: float = 1.0) -> Tensor:
+    """The same masks; `share` of their gradient comes back with the other sign: what is minimised is maximised over the masks."""
+    return masks.detach() - share * (masks - masks.detach())
 
 
 def correlation(first_BN: Tensor, second_BN: Tensor) -> Tensor:

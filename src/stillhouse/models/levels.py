@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.models.detectors import is_detector
-from stillhouse.models.taps import as_map, empty_image, layer_of
+from stillhouse.models.taps import as_map, channels_last, empty_image, layer_of
 
 PLACES: dict[str, tuple[str, ...]] = {
-    "neck": ("neck", "backbone", "decoder"),
+    "neck": ("neck", "decoder"),
     "backbone": ("backbone.body", "encoder", "backbone"),
     "logits": ("classifier", "segmentation_head.0", "decode_head"),
 }
@@ -42,6 +42,7 @@ class Levels:
         self.network, self.where = network, where
         self.names = _modules(network, where)
         self._seen: dict[str, Any] = {}
+        self._channels_last: list[bool] = []
         for name in self.names:
             layer_of(network, name).register_forward_hook(
                 partial(self._remember, name)
@@ -57,7 +58,15 @@ class Levels:
         if missing:
             raise RuntimeError(f"{', '.join(missing)} has not run since '{self.where}' was last read")
         seen, self._seen = self._seen, {}
-        return [as_map(level, self.network) for name in self.names for level in _tensors(seen[name])]
+        levels = [level for name in self.names for level in _tensors(seen[name])]
+        if not self._channels_last:  # told by the empty image, which is square: others may have as many rows as channels
+            self._channels_last = [channels_last(level) for level in levels]
+        return [self._as_map(level, last) for level, last in zip(levels, self._channels_last, strict=True)]
+
+    def _as_map(self, level: Tensor, last: bool) -> Tensor:
+        if level.ndim == 4:
+            return level.permute(0, 3, 1, 2) if last else level
+        return as_map(level, self.network)
 
     @torch.no_grad()
     def of(self, images: Any) -> list[Tensor]:
@@ -95,7 +104,8 @@ def _modules(network: nn.Module, where: str) -> list[str]:
         for name in names:
             layer_of(network, name)
         return names
-    found = next((name for name in PLACES[where] if name in known), None)
+    detectors_own = ("backbone",) if where == "neck" and is_detector(network) else ()  # torchvision's: the body and the pyramid on it
+    found = next((name for name in (*PLACES[where], *detectors_own) if name in known), None)
     if found is None:
         raise UserError(
             f"{type(network).__name__} has no {where} that is known here; name its modules instead, joined by '+', "

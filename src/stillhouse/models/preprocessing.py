@@ -97,6 +97,11 @@ class Refeed(nn.Module):
     With s the student's and t the teacher's preprocessing: `((x * std_s + mean_s) - mean_t) / std_t`, folded into `x * scale + shift`.
     Where nothing differs the very same tensor is returned; an unknown (None) preprocessing on either side leaves the images alone.
 
+    Args:
+        student, teacher: theirs.
+        keep_shape: the images need not be square, their shorter side is the student's size (before they are padded to a batch), and the
+            teacher gets them of the same shape: for segmenters. Else what differs from the teacher's square is made square.
+
     Raises:
         UserError: if student and teacher see a different number of channels.
     """
@@ -104,9 +109,11 @@ class Refeed(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, student: Preprocessing | None, teacher: Preprocessing | None) -> None:
+    def __init__(self, student: Preprocessing | None, teacher: Preprocessing | None, *, keep_shape: bool = False) -> None:
         super().__init__()
         self.size: int | None = None
+        self.of_student: int | None = None
+        self.keep_shape = keep_shape
         self.interpolation = "bicubic"
         self.affine = False
         if student is None or teacher is None:
@@ -116,7 +123,7 @@ class Refeed(nn.Module):
                 f"the teacher sees {len(teacher.mean)} channel(s) and the student {len(student.mean)}, "
                 "expected the same number; build one of them for the other's channels (option in_chans)"
             )
-        self.size, self.interpolation = teacher.size, teacher.interpolation
+        self.size, self.interpolation, self.of_student = teacher.size, teacher.interpolation, student.size
         self.affine = (student.mean, student.std) != (teacher.mean, teacher.std)
         if self.affine:
             mean_s, std_s = _column(student.mean), _column(student.std)
@@ -125,7 +132,10 @@ class Refeed(nn.Module):
             self.register_buffer("shift", ((mean_s - mean_t) / std_t).float(), persistent=False)
 
     def forward(self, images: Any) -> Any:
-        """[B, C, H, W] -> [B, C, size, size] of the same dtype (computed in fp32); a detector's list of images image by image."""
+        """[B, C, H, W] -> [B, C, size, size], or of the images' shape, of the same dtype (computed in fp32).
+
+        A detector's list of images is made ready image by image.
+        """
         if isinstance(images, (list, tuple)):
             return [self.feed(image[None])[0] for image in images]
         return self.feed(images)
@@ -133,11 +143,21 @@ class Refeed(nn.Module):
     def feed(self, images: Tensor) -> Tensor:
         """The images of one tensor."""
         fed = images
-        if self.size is not None and images.shape[-2:] != (self.size, self.size):
-            fed = F.interpolate(images.float(), (self.size, self.size), mode=self.interpolation, antialias=True)
+        wanted = self.wanted(*images.shape[-2:])
+        if images.shape[-2:] != wanted:
+            fed = F.interpolate(images.float(), wanted, mode=self.interpolation, antialias=True)
         if self.affine:
             fed = fed * self.scale + self.shift
         return fed.to(images.dtype)
+
+    def wanted(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width that the teacher gets images of this size in."""
+        if self.size is None:
+            return height, width
+        if not self.keep_shape:
+            return self.size, self.size
+        share = self.size / (self.of_student or min(height, width))
+        return round(height * share), round(width * share)
 
 
 def _column(values: tuple[float, ...]) -> Tensor:

@@ -286,7 +286,10 @@ def grid_of(places: int, like: tuple[int, int]) -> tuple[int, int]:
     return rows, places // rows
 
 
+def channels_last(feature: Tensor) -> bool:
+    """Whether the map of a square image is [B, H, W, C], as Swin-like networks return it: two equal axes before a different last one."""
+    return feature.ndim == 4 and feature.shape[1] == feature.shape[2] != feature.shape[3]
+
+
 def _channels_first(feature: Tensor) -> Tensor:
-    """[B, C, H, W]; Swin-like networks return [B, H, W, C], recognised by two equal axes before a different last one."""
-    channels_last = feature.shape[1] == feature.shape[2] != feature.shape[3]
-    return feature.permute(0, 3, 1, 2) if channels_last else feature
+    return feature.permute(0, 3, 1, 2) if channels_last(feature) else feature

@@ -295,6 +295,8 @@ class Loop:
         classes, draw = self.data.classes, self.task.draw
         self.kept.eval()
         drawn = {"labels": draw(pictures, targets, classes), "student": draw(pictures, self.kept(images), classes)}
+        if self.distiller.teacher is not None:
+            drawn["teacher"] = draw(pictures, self.distiller.teach(images), classes)
         return {f"drawn/{name}": small(each) for name, each in drawn.items()}
 
     def undo(self, images: Any) -> Tensor:

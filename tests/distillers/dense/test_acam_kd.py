@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -20,15 +21,19 @@ DETECT = list(images(4).sigmoid()), boxes(4)
 NECK = {"where": "backbone.0", "teacher_where": "backbone.0"}
 
 
+FORM: dict[str, Any] = {"reading": "b", "mask_grad": "detach", "balanced": False}
+"""What the equations are written out for; every choice that differs is named where it is made."""
+
+
 def segmenting(**settings: Any) -> ACAMKD:
     """With units that have left their start, so that masks matter."""
     torch.manual_seed(0)
-    return moved(ACAMKD(tiny_segmenter(seed=1), tiny_segmenter(seed=2, width=16), **settings).train())
+    return moved(ACAMKD(tiny_segmenter(seed=1), tiny_segmenter(seed=2, width=16), **FORM | settings).train())
 
 
 def detecting(**settings: Any) -> ACAMKD:
     torch.manual_seed(0)
-    return moved(ACAMKD(tiny_detector(seed=1), tiny_detector(seed=2, width=16), **settings).train())
+    return moved(ACAMKD(tiny_detector(seed=1), tiny_detector(seed=2, width=16), **FORM | settings).train())
 
 
 def moved(distiller: ACAMKD) -> ACAMKD:
@@ -169,6 +174,13 @@ def test_detached_masks_learn_from_diversity_only(settings: dict[str, Any]) -> N
     assert all(value.any() for value in of("units.", diverse))
     assert not any(value.any() for value in of("student.", diverse))
     assert any(value.any() for value in of("student.", copied))
+
+
+def test_alpha_weighs_the_student_and_not_what_opposed_masks_seek() -> None:
+    weak, strong = (gradients(segmenting(mask_grad="oppose", alpha=alpha), "channel", "spatial") for alpha in (0.5, 4.0))
+    for name, value in weak.items():
+        times = 1 if name.startswith(("units", "fusion")) else 8
+        torch.testing.assert_close(strong[name], times * value, rtol=1e-4, atol=1e-7)
 
 
 def test_opposed_masks_ascend_what_the_student_descends() -> None:
@@ -312,7 +324,8 @@ def test_masks_are_alike_when_they_start() -> None:
 def test_the_published_form_closes_its_masks_and_that_is_said() -> None:
     """As printed, with joint gradients; the default keeps them open on the same maps."""
     means, alarms = {}, {}
-    for name, settings in {"printed": {"reading": "a", "mask_grad": "joint"}, "default": {}}.items():
+    defaults = {name: inspect.signature(ACAMKD.__init__).parameters[name].default for name in FORM}
+    for name, settings in {"printed": {"reading": "a", "mask_grad": "joint"}, "default": defaults}.items():
         distiller = segmenting(diversity=1.0, **settings)
         learning = [*distiller.units.parameters(), *distiller.fusion.parameters()]
         optimizer = torch.optim.Adam(learning, lr=0.05)

@@ -13,8 +13,9 @@ Sure: fusion, units, where Dice and losses stand, M, alpha = lambda = 1. No code
 Our reading: the masked loss, whose printed form is ambiguous (`reading`; see losses/masked.py); Dice as a mean over pairs, places and
 channels added; each level has its own units, and losses are means over levels; queries and keys without bias; the units' start,
 N(0, 0.01^2), from MasKD's code.
-Departures, all of them settings: as printed (reading a, mask_grad joint, not normalised) the loss falls when masks shrink, and they vanish.
-By default masks learn from diversity alone, and maps are divided by the teacher's size, so that alpha means the same for any network.
+Departures, all of them settings (as published: reading b, mask_grad joint, balanced and normalise false; as printed: reading a): masks that
+descend the loss vanish, and masks that learn from diversity alone become constant, each open or shut everywhere. By default they ascend a
+weighted mean (reading c), on balanced units, and maps are divided by the teacher's size, so that alpha means the same for any network.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class ACAMKD(Distiller):
         reading: of the masked loss: "a" as printed, "b" divided by the mask's sum, "c" a weighted mean.
         mask_grad: what the masked losses do to the masks: "joint", they are minimised over masks and student alike (the paper);
             "detach_student", so, but the student cannot steer masks; "detach", nothing, masks learn from diversity alone;
-            "oppose" (ours), masks ascend them and so seek where the student still differs.
+            "oppose" (ours), masks ascend them, not weighed by alpha, and so seek where the student still differs.
         masks: what they are made from: "cooperative", the teacher asks and the student answers; "student_query", the other way round;
             "teacher", the teacher asks itself; "fixed", units read the teacher's map as it is and learn from diversity alone.
         parts: "both", or masks over places ("spatial") or channels ("channel") only.
@@ -78,12 +79,12 @@ class ACAMKD(Distiller):
         units: int = 0,
         alpha: float = 1.0,
         diversity: float = 1.0,
-        reading: Literal["a", "b", "c"] = "b",
-        mask_grad: Literal["joint", "detach_student", "detach", "oppose"] = "detach",
+        reading: Literal["a", "b", "c"] = "c",
+        mask_grad: Literal["joint", "detach_student", "detach", "oppose"] = "oppose",
         masks: Literal["cooperative", "student_query", "teacher", "fixed"] = "cooperative",
         parts: Literal["both", "spatial", "channel"] = "both",
         normalise: bool = True,
-        balanced: bool = False,
+        balanced: bool = True,
     ) -> None:
         _check(alpha, diversity, reading=reading, mask_grad=mask_grad, masks=masks)
         super().__init__(student, teacher)
@@ -137,7 +138,7 @@ class ACAMKD(Distiller):
     def copied(self, squares_BNC: Tensor, part: str, mask: Tensor) -> Tensor:
         """L_channel or L_spatial (eq. 5, 6) of the squared difference, with the gradient masks are to have."""
         if self.mask_grad in ("detach", "oppose"):
-            mask = mask.detach() if self.mask_grad == "detach" else opposed(mask)
+            mask = mask.detach() if self.mask_grad == "detach" else opposed(mask, 1 / self.alpha if self.alpha else 0.0)
         return masked_square(squares_BNC.mean(2 if part == "spatial" else 1), mask, self.reading)
 
     def watch(self) -> dict[str, Tensor]:
