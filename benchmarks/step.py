@@ -1,7 +1,7 @@
 """What a step of MaskedKD costs beside what one would use instead: one process, everything in turn, ratios paired by round.
 
     python benchmarks/step.py --rounds 20 --out step.json      # deit_tiny from deit_base at 224 px; some minutes on two cores
-    python benchmarks/step.py --dense --out dense.json         # RetinaNet-R50 from R101 at 512 px: ACAM-KD, plain feature KD, plain training
+    python benchmarks/step.py --dense --rounds 5               # RetinaNet-R50 from R101 at 512 px: ACAM-KD beside plain feature KD
     python benchmarks/step.py --smoke                          # the same on toy networks: does it run?
 
 Beside each other: plain training; timm's LogitDistillationTask; the step of MaskedKD written out by hand on timm's modules;
@@ -73,7 +73,8 @@ def dense(options: argparse.Namespace, console: Console) -> None:
     """What ACAM-KD costs a detector: step time and memory beside plain feature distillation and plain training, in turn in this process."""
     size = 64 if options.smoke else 512
     small = ",channels=16" if options.smoke else ""
-    specs = [RETINANET.format(backbone, size=size) + small for backbone in (("resnet18",) * 2 if options.smoke else ("resnet101", "resnet50"))]
+    backbones = ("resnet18", "resnet18") if options.smoke else ("resnet101", "resnet50")
+    specs = [RETINANET.format(backbone, size=size) + small for backbone in backbones]
     teacher, student = (open_model(spec, classes=80, channels=3, task="detect").to(options.device) for spec in specs)
     rows = estimate_dense(teacher, student, image_size=size, classes=80, batch=options.batch, rounds=options.rounds)
     result = {

@@ -55,10 +55,10 @@ JOBS = {
         folder="detect-teacher",
         data=f"{SCENES},train=300",
         teacher_data=f"{SCENES},train=2000",
-        student=f"{FCOS},backbone=timm/lcnet_035",
+        student=f"{FCOS},backbone=timm/test_resnet",
         teacher=f"{FCOS},backbone=timm/resnet10t",
         same={"batch": 8, **DENSE},
-        recipe={"epochs": 16, "lr": 4e-3, "warmup_epochs": 1, "eval_every": 4},
+        recipe={"epochs": 12, "lr": 4e-3, "warmup_epochs": 1, "eval_every": 4},
         teacher_recipe={"epochs": 5, "lr": 2e-3, "warmup_epochs": 0.5},
     ),
     "segment": Job(

@@ -17,6 +17,7 @@ from stillhouse.measure.estimate import estimate
 from stillhouse.measure.flops import macs
 from stillhouse.models.tokens import OnSomeTokens
 from stillhouse.run_folder import read_facts
+from stillhouse.training.batches import on_device
 from stillhouse.training.evaluation import measured
 from stillhouse.training.log import read_table
 from stillhouse.training.recipe import Recipe
@@ -54,7 +55,7 @@ def results(
     if distiller.teacher is not None:
         whole = nn.Sequential(distiller.refeed, distiller.teacher)
         network = distiller.teacher.model if isinstance(distiller.teacher, OnSomeTokens) else distiller.teacher
-        fed = tuple(distiller.refeed(few[:1])[0].shape)
+        fed = tuple(distiller.refeed(on_device(few[:1], accelerator.device))[0].shape)
         kept = getattr(distiller, "kept", None)
         models["teacher"] = {"name": _name(network), "params": _params(network), "macs": macs(network, fed)}
         models["teacher"]["macs_kept"] = macs(network, fed, keep=kept) if kept else models["teacher"]["macs"]

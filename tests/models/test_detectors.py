@@ -383,3 +383,13 @@ def test_transformers_detectors_are_asked_for_elsewhere(monkeypatch: pytest.Monk
     assert wanted == list(inspect.signature(detectors.open_detector).parameters)
     monkeypatch.setattr(detr, "open_detr", lambda spec, *_: (nn.Identity(), dict(spec.options)))
     assert detector("transformers/detr:d_model=16").stillhouse["options"] == {"d_model": 16}
+
+
+def test_what_has_no_part_in_the_maps_does_not_learn() -> None:
+    """timm keeps the stages behind the last map that is asked for; a parameter without gradient would make DDP wait."""
+    network = detector("torchvision/fcos:backbone=timm/lcnet_035,channels=8,levels=2,stride=8,convs=1").train()
+    sum(network(*batch()).values()).backward()
+    idle = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    assert idle
+    assert all(name.startswith("backbone.body.network.blocks.5") for name in idle)
+    assert all(parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad)

@@ -136,8 +136,11 @@ def _dilate(trunk: nn.Module, last: dict[int, str], stride: int) -> None:
 
 
 def _maps(body: nn.Module) -> dict[str, Tensor]:
-    """What the body makes of an empty image, its statistics untouched."""
-    with torch.no_grad():
-        maps: dict[str, Tensor] = body.eval()(torch.zeros(1, 3, _SIDE, _SIDE))
+    """What the body makes of an empty image, its statistics untouched. What has no part in it learns nothing: DDP would wait for it."""
+    maps: dict[str, Tensor] = body.eval()(torch.zeros(1, 3, _SIDE, _SIDE))
     body.train()
-    return maps
+    learning = [parameter for parameter in body.parameters() if parameter.requires_grad]
+    total = torch.stack([each.sum() for each in maps.values()]).sum()
+    for parameter, gradient in zip(learning, torch.autograd.grad(total, learning, allow_unused=True), strict=True):
+        parameter.requires_grad_(gradient is not None)
+    return {key: each.detach() for key, each in maps.items()}

@@ -155,7 +155,7 @@ class ACAMKD(Distiller):
                 return f"the {part} masks have closed (mean {mean:.3f}): nearly nothing of the teacher's maps is copied; try balanced=true"
             if mean > OPEN:
                 return f"the {part} masks are wide open (mean {mean:.3f}): they choose nothing any more; try balanced=true"
-            if alike > ALIKE and self.progress > 0.2:
+            if alike > ALIKE and self.progress >= 0.5:
                 return f"the {part} masks are all alike (Dice {alike:.3f}): they are one mask; try a larger diversity"
         return ""
 
