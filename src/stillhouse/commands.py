@@ -132,14 +132,18 @@ def evaluate(
     from stillhouse import tasks
     from stillhouse.data import open_data
     from stillhouse.data.loading import eval_batches
+    from stillhouse.errors import UserError
     from stillhouse.models.opening import open_model
-    from stillhouse.run_folder import read_settings
+    from stillhouse.run_folder import read_facts, read_settings
     from stillhouse.session import fit_of, input_of, transforms_of
     from stillhouse.training.evaluation import evaluate as measure
     from stillhouse.training.loop import on_cpu
 
     settings = read_settings(Path(run) / "settings.yaml")
-    opened = open_data(data or settings["data"], bad_data=bad_data, task=settings.get("task"))
+    data = data or settings["data"]
+    if data is None:
+        raise UserError(f"the run in {run} was trained on data made in Python, which no file names; name the data with --data")
+    opened = open_data(data, bad_data=bad_data, task=read_facts(Path(run)).get("task"))
     accelerator = Accelerator(cpu=on_cpu())
     student = open_model(str(run), **fit_of(opened)).to(accelerator.device)
     _, transform = transforms_of(input_of(student, opened), opened, {})

@@ -24,14 +24,15 @@ from torch import nn
 import stillhouse
 from stillhouse import distillers, tasks
 from stillhouse.checking import check_distiller
-from stillhouse.data import Data, open_data
+from stillhouse.data import Data, TaskName, open_data
 from stillhouse.data.dense_transforms import dense_transforms
 from stillhouse.data.transforms import eval_transform, train_transform
 from stillhouse.distillers.base import Distiller, Stage
 from stillhouse.errors import UserError, nearest
 from stillhouse.interrupted import Interrupted
+from stillhouse.models.detectors import is_detector
 from stillhouse.models.inherit import inherit
-from stillhouse.models.opening import open_model
+from stillhouse.models.opening import open_model, task_of
 from stillhouse.models.preprocessing import Preprocessing, preprocessing_of, set_preprocessing
 from stillhouse.models.saving import save_student
 from stillhouse.models.weights import weights_hash
@@ -50,6 +51,8 @@ OWN = (
     *("allow_partial", "allow_weak_teacher", "baseline", "bad_data"),
 )
 """The settings that are `stillhouse.distill`'s own, not the loop's, the augmentation's or the method's."""
+OF_SEVERAL_TASKS = ("scenes", "voc")
+"""The data that are there to detect as well as to segment."""
 
 
 class Session:
@@ -70,7 +73,7 @@ class Session:
         self.method, self.distiller = distillers.name_of(job["method"]), distillers.find(job["method"])
         self.recipe, self.augmentation, self.settings = split_settings(job["method"], job)
         self.job = job
-        self.data = open_data(_needed(job, "data"), seed=self.recipe.seed, bad_data=job["bad_data"], task=job["task"])
+        self.data = open_data(_needed(job, "data"), seed=self.recipe.seed, bad_data=job["bad_data"], task=task_of_job(job))
         refuse_other_task(job["method"], self.data)
         self.teacher = self.open_teacher()
         self.student = open_student(_needed(job, "student"), self.data, job["student_weights"], job["allow_partial"], self.recipe.seed)
@@ -248,6 +251,16 @@ def split_settings(method: str | type[Distiller], settings: dict[str, Any]) -> t
     return recipe, augmentation, {name: settings.get(name, parameter.default) for name, parameter in own.items()}
 
 
+def task_of_job(job: dict[str, Any]) -> TaskName | None:
+    """The task asked for; where none is and the data allow several, what the student is there for."""
+    data, student = job["data"], job["student"]
+    open_question = job["task"] is None and isinstance(data, str) and data.partition(":")[0] in OF_SEVERAL_TASKS and "task=" not in data
+    if not open_question or student is None:
+        return job["task"]  # type: ignore[no-any-return]
+    found = ("detect" if is_detector(student) else None) if isinstance(student, nn.Module) else task_of(student)
+    return found if found in ("detect", "segment") else None
+
+
 def refuse_other_task(method: str | type[Distiller], data: Data) -> None:
     """Refuses data that are not what the method is for.
 
@@ -300,7 +313,7 @@ def student_so_far(folder: Path) -> None:
     """Writes the student of a run that is not finished into its folder, from the last checkpoint (the moving average if there is one).
 
     Raises:
-        UserError: if the run has no checkpoint yet.
+        UserError: if the run has no checkpoint yet, or none of a stage in which the student learns.
     """
     facts = read_facts(folder)
     if facts["status"] == "finished":
@@ -310,13 +323,17 @@ def student_so_far(folder: Path) -> None:
     ]
     if not found:
         raise UserError(f"the run in {folder} has no checkpoint yet; wait for its first one (see --save-every)")
-    parts, _ = load_checkpoint(max(found, key=lambda path: path.stat().st_mtime))
+    last = max(found, key=lambda path: path.stat().st_mtime)
+    parts, _ = load_checkpoint(last)
+    own = {name.removeprefix("student."): value for name, value in parts["distiller"].items() if name.startswith("student.")}
+    if not own:
+        stage = last.parent.parent.name
+        raise UserError(f"the run in {folder} is in its stage '{stage}', in which the student does not learn yet; wait for the next one")
     job = read_settings(folder / "settings.yaml")
     if job["student"] is None or job["data"] is None:
         raise UserError(f"the run in {folder} was begun in Python with objects that no file names; finish it with resume=True there")
-    data = open_data(job["data"], seed=job["seed"], bad_data="skip", task=job["task"])
-    student = open_student(job["student"], data, "random", False, job["seed"])
-    own = {name.removeprefix("student."): value for name, value in parts["distiller"].items() if name.startswith("student.")}
+    data = open_data(job["data"], seed=job["seed"], bad_data="skip", task=facts.get("task"))
+    student = open_student(job["student"], data, job["student_weights"], job["allow_partial"], job["seed"])
     student.load_state_dict(parts.get("ema", own))
     shutil.rmtree(folder / "student", ignore_errors=True)
     save_student(student, folder / "student")

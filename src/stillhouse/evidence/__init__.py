@@ -15,7 +15,7 @@ def reproduce(name: str, out: Path, seeds: int = 3, smoke: bool = False) -> Path
     Raises:
         UserError: if there is no evidence of that name.
     """
-    known = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("experiment", "table")]
+    known = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("experiment", "table", "curves")]
     if name not in known:
         raise UserError(f"there is no evidence for '{name}'{nearest(name, known)}; there is for {', '.join(known)}")
     if seeds < 1:

@@ -67,6 +67,7 @@ DETECTORS = arms(
 )
 """MGD, FGD's attention and its relation sum over a map: their official weights, made for maps thousands of times larger, are scaled."""
 SEARCH = Search(rates=(2e-3, 6e-3), scales=(10.0,), share=0.375)
+DRAWN = ("ACAM-KD", "as printed: a, joint", "b, joint", "b, masks from diversity alone")
 SCENES = "scenes:size=48,classes=3,clutter=0,noise=0"
 UNET_S = "smp/unet:encoder=timm/test_efficientnet,encoder_depth=4,decoder_channels=(32,24,16,12)"
 UNET_T = "smp/unet:encoder=timm/test_resnet,encoder_depth=4,decoder_channels=(64,48,32,24)"
@@ -87,6 +88,7 @@ EXPERIMENTS = (
         teacher_recipe={"epochs": 5, "batch": 16, "lr": 5e-3, "warmup_epochs": 0.5, "eval_every": 5},
         arms=SEGMENTERS,
         search=replace(SEARCH, share=0.4),
+        drawn=DRAWN,
     ),
     Experiment(
         name="detect_scenes",
@@ -102,6 +104,7 @@ EXPERIMENTS = (
         arms=DETECTORS,
         inherit=True,
         search=SEARCH,
+        drawn=DRAWN,
     ),
     Experiment(
         name="segment_nuclei",
@@ -116,6 +119,7 @@ EXPERIMENTS = (
         teacher_recipe={"epochs": 30, "batch": 16, "lr": 5e-3, "warmup_epochs": 2, "eval_every": 30},
         arms=SEGMENTERS,
         search=replace(SEARCH, scales=()),
+        drawn=DRAWN,
     ),
     Experiment(
         name="detect_trees",
@@ -131,5 +135,6 @@ EXPERIMENTS = (
         arms=DETECTORS,
         inherit=True,
         search=replace(SEARCH, scales=()),
+        drawn=DRAWN,
     ),
 )

@@ -75,6 +75,7 @@ class Experiment:
         task: classify, detect or segment.
         inherit: whether all students begin with the teacher's neck and head.
         search: how every arm's learning rate and weight are found; by default all have the recipe's and their own.
+        drawn: the arms whose masks are drawn over the training.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Experiment:
     task: str = "classify"
     inherit: bool = False
     search: Search | None = None
+    drawn: Sequence[str] = ()
 
     def run(self, out: Path, seeds: Sequence[int], smoke: bool) -> Study:
         """All runs of all arms, seed by seed, so that an interrupted experiment has whole seeds."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from stillhouse import tasks
+from stillhouse.evidence.curves import write_curves
 from stillhouse.evidence.experiment import Arm, Search, Study, curriculum
 from stillhouse.report.numbers import si
 from stillhouse.training.log import read_table
@@ -18,6 +19,10 @@ def write_evidence(path: Path, name: str, claim: str, studies: Sequence[Study]) 
     parts = [f"# Evidence for `{name}`", f"    stillhouse reproduce {name}", "## What the paper claims", claim]
     for study in studies:
         parts += [f"## {study.experiment.name}", *_study(study)]
+        drawn = path.with_name(f"{name}-{study.experiment.name}.svg")
+        runs = {arm: study.runs[arm] for arm in study.experiment.drawn}
+        if write_curves(drawn, runs, FIGURES):
+            parts.append(f"![What the masks did during training, mean over seeds]({drawn.name})")
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
 
@@ -79,7 +84,7 @@ def _of_masked_tokens(study: Study) -> Extra:
     return columns, cells
 
 
-FIGURES = {"mask_mean_spatial": "mask, places", "mask_mean_channel": "mask, channels", "dice_spatial": "Dice", "corr": "correlation"}
+FIGURES = {"mask_mean_spatial": "mean mask, places", "dice_spatial": "Dice, places", "corr": "correlation with |F_T - F_S|"}
 """What ACAM-KD watches, as a table calls it."""
 
 

@@ -44,9 +44,8 @@ class Levels:
         self._seen: dict[str, Any] = {}
         self._channels_last: list[bool] = []
         for name in self.names:
-            layer_of(network, name).register_forward_hook(
-                partial(self._remember, name)
-            )  # no closure: a copy of the network has taps of its own
+            # no closure: a copy of the network is to have taps of its own
+            layer_of(network, name).register_forward_hook(partial(self._remember, name))
         self.channels = [level.shape[1] for level in self._try()]
 
     def _remember(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
