@@ -74,38 +74,42 @@ UNET_T = "smp/unet:encoder=timm/test_resnet,encoder_depth=4,decoder_channels=(64
 FCOS = "torchvision/fcos:channels=64,levels=2,stride=8,convs=2"
 SHARED: dict[str, Any] = {"batch": 8, "save_every": 5000, "trackers": "none"}
 
+SEGMENT_SCENES = Experiment(
+    name="segment_scenes",
+    title="Three kinds of handwritten digits, up to nine of them on a photograph, 48 x 48; 200 training scenes for the student, "
+    "3,000 for the teacher; what is copied is the decoder's last map but one, at half the image's size",
+    task="segment",
+    data=f"{SCENES},objects=9,train=200",
+    teacher_data=f"{SCENES},objects=9,train=3000",
+    student=UNET_S,
+    teacher=UNET_T,
+    recipe={"epochs": 10, "warmup_epochs": 1, "hflip": 0.0, "eval_every": 10, **SHARED, "batch": 4},
+    teacher_recipe={"epochs": 5, "batch": 16, "lr": 5e-3, "warmup_epochs": 0.5, "eval_every": 5},
+    arms=SEGMENTERS,
+    search=replace(SEARCH, share=0.4),
+    drawn=DRAWN,
+)
+
+DETECT_SCENES = Experiment(
+    name="detect_scenes",
+    title="Three kinds of handwritten digits on photographs, 48 x 48; 300 training scenes for the student, 3,000 for the teacher; "
+    "all students begin with the teacher's neck and head",
+    task="detect",
+    data=f"{SCENES},train=300",
+    teacher_data=f"{SCENES},train=3000",
+    student=f"{FCOS},backbone=timm/test_resnet",
+    teacher=f"{FCOS},backbone=timm/resnet10t",
+    recipe={"epochs": 8, "warmup_epochs": 1, "hflip": 0.0, "eval_every": 8, **SHARED},
+    teacher_recipe={"epochs": 5, "lr": 2e-3, "warmup_epochs": 0.5, "eval_every": 5},
+    arms=DETECTORS,
+    inherit=True,
+    search=SEARCH,
+    drawn=DRAWN,
+)
+
 EXPERIMENTS = (
-    Experiment(
-        name="segment_scenes",
-        title="Three kinds of handwritten digits, up to nine of them on a photograph, 48 x 48; 200 training scenes for the student, "
-        "3,000 for the teacher; what is copied is the decoder's last map but one, at half the image's size",
-        task="segment",
-        data=f"{SCENES},objects=9,train=200",
-        teacher_data=f"{SCENES},objects=9,train=3000",
-        student=UNET_S,
-        teacher=UNET_T,
-        recipe={"epochs": 10, "warmup_epochs": 1, "hflip": 0.0, "eval_every": 10, **SHARED, "batch": 4},
-        teacher_recipe={"epochs": 5, "batch": 16, "lr": 5e-3, "warmup_epochs": 0.5, "eval_every": 5},
-        arms=SEGMENTERS,
-        search=replace(SEARCH, share=0.4),
-        drawn=DRAWN,
-    ),
-    Experiment(
-        name="detect_scenes",
-        title="Three kinds of handwritten digits on photographs, 48 x 48; 300 training scenes for the student, 3,000 for the teacher; "
-        "all students begin with the teacher's neck and head",
-        task="detect",
-        data=f"{SCENES},train=300",
-        teacher_data=f"{SCENES},train=3000",
-        student=f"{FCOS},backbone=timm/test_resnet",
-        teacher=f"{FCOS},backbone=timm/resnet10t",
-        recipe={"epochs": 8, "warmup_epochs": 1, "hflip": 0.0, "eval_every": 8, **SHARED},
-        teacher_recipe={"epochs": 5, "lr": 2e-3, "warmup_epochs": 0.5, "eval_every": 5},
-        arms=DETECTORS,
-        inherit=True,
-        search=SEARCH,
-        drawn=DRAWN,
-    ),
+    SEGMENT_SCENES,
+    DETECT_SCENES,
     Experiment(
         name="segment_nuclei",
         title="Nuclei of three kinds on one stained section (histolytics), 96 px tiles at 48 x 48; 40 training tiles for the student, "
@@ -118,7 +122,7 @@ EXPERIMENTS = (
         recipe={"epochs": 24, "warmup_epochs": 2, "eval_every": 24, **SHARED, "batch": 4},
         teacher_recipe={"epochs": 30, "batch": 16, "lr": 5e-3, "warmup_epochs": 2, "eval_every": 30},
         arms=SEGMENTERS,
-        search=replace(SEARCH, scales=()),
+        searched=SEGMENT_SCENES,
         drawn=DRAWN,
     ),
     Experiment(
@@ -131,10 +135,10 @@ EXPERIMENTS = (
         student=f"{FCOS},backbone=timm/test_resnet",
         teacher=f"{FCOS},backbone=timm/resnet10t",
         recipe={"epochs": 24, "warmup_epochs": 2, "eval_every": 24, **SHARED},
-        teacher_recipe={"epochs": 20, "lr": 2e-3, "warmup_epochs": 1, "eval_every": 20},
+        teacher_recipe={"epochs": 12, "lr": 2e-3, "warmup_epochs": 1, "eval_every": 12},
         arms=DETECTORS,
         inherit=True,
-        search=replace(SEARCH, scales=()),
+        searched=DETECT_SCENES,
         drawn=DRAWN,
     ),
 )

@@ -75,6 +75,7 @@ class Experiment:
         task: classify, detect or segment.
         inherit: whether all students begin with the teacher's neck and head.
         search: how every arm's learning rate and weight are found; by default all have the recipe's and their own.
+        searched: another experiment of the same arms, whose search counts for this one.
         drawn: the arms whose masks are drawn over the training.
     """
 
@@ -90,21 +91,32 @@ class Experiment:
     task: str = "classify"
     inherit: bool = False
     search: Search | None = None
+    searched: Experiment | None = None
     drawn: Sequence[str] = ()
 
     def run(self, out: Path, seeds: Sequence[int], smoke: bool) -> Study:
         """All runs of all arms, seed by seed, so that an interrupted experiment has whole seeds."""
-        folder = out / (f"{self.name}-smoke" if smoke else self.name)
-        tiny = SMOKE if smoke else {}
-        recipe = {"task": self.task} | self.recipe | self.teacher_recipe | tiny
-        teacher = _finished("scratch", folder / "teacher", student=self.teacher, data=self.teacher_data, **recipe)
-        found = {arm.name: self._searched(arm, teacher, folder, tiny) for arm in self.arms}
+        tiny, folder = SMOKE if smoke else {}, self._folder(out, smoke)
+        teacher = self._taught(out, smoke)
+        found = (self.searched or self).find(out, smoke)
         runs: dict[str, list[Run]] = {arm.name: [] for arm in self.arms}
         for seed in seeds:
             for arm in self.arms:
                 settings = self._settings(arm, teacher, **found[arm.name]) | {"seed": seed, **tiny}
                 runs[arm.name].append(self._trained(arm, folder / f"{_slug(arm.name)}-{seed}", settings))
         return Study(self, teacher, seeds, runs, found)
+
+    def find(self, out: Path, smoke: bool) -> dict[str, dict[str, float]]:
+        """What the search chose for each arm."""
+        teacher, folder = self._taught(out, smoke), self._folder(out, smoke)
+        return {arm.name: self._searched(arm, teacher, folder, SMOKE if smoke else {}) for arm in self.arms}
+
+    def _folder(self, out: Path, smoke: bool) -> Path:
+        return out / (f"{self.name}-smoke" if smoke else self.name)
+
+    def _taught(self, out: Path, smoke: bool) -> Run:
+        recipe = {"task": self.task} | self.recipe | self.teacher_recipe | (SMOKE if smoke else {})
+        return _finished("scratch", self._folder(out, smoke) / "teacher", student=self.teacher, data=self.teacher_data, **recipe)
 
     def _searched(self, arm: Arm, teacher: Run, folder: Path, tiny: dict[str, Any]) -> dict[str, float]:
         """The learning rate and the scale of the weights that did best in short runs."""

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from stillhouse import tasks
 from stillhouse.evidence.curves import write_curves
-from stillhouse.evidence.experiment import Arm, Search, Study, curriculum
+from stillhouse.evidence.experiment import Arm, Experiment, Study, curriculum
 from stillhouse.report.numbers import si
 from stillhouse.training.log import read_table
 
@@ -41,12 +41,15 @@ def _study(study: Study) -> list[str]:
         f"{experiment.title}. Student `{experiment.student}`; teacher `{experiment.teacher}`, "
         f"{title} {100 * experiment.headline(teacher):.1f} %. {shared}. Mean ± standard deviation over seeds "
         f"{', '.join(map(str, study.seeds))}; {teacher.facts['data']['val']} validation images; the last epoch, never the best."
-        f"{_how_searched(experiment.search)}"
+        f"{_how_searched(experiment)}"
     )
     return [setting, "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows])]
 
 
-def _how_searched(search: Search | None) -> str:
+def _how_searched(experiment: Experiment) -> str:
+    if experiment.searched is not None:
+        return f" Every arm's learning rate and weight are those found for {experiment.searched.name}."
+    search = experiment.search
     if search is None:
         return ""
     rates, scales = ("{" + ", ".join(f"{value:g}" for value in values) + "}" for values in (search.rates, (1.0, *search.scales)))
