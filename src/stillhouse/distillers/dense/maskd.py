@@ -166,11 +166,13 @@ class TokenLearning(Distiller):
             terms = label_losses(teacher, (self.refeed(batch[0]), batch[1]))
         if torch.is_grad_enabled() and not any(term.requires_grad for term in terms.values()):
             raise UserError(f"the teacher's losses do not depend on its {self.maps_T.where}, expected what its head works on, such as neck")
-        return {**terms, "overlap": torch.stack([dice(masks.flatten(2)) for masks in self.masked.seen.values()]).sum()}
+        overlap = torch.stack([dice(masks.flatten(2)) for masks in self.masked.seen.values()]).sum()
+        self.masked.seen = {level: masks.detach() for level, masks in self.masked.seen.items()}  # for a moving average to copy
+        return {**terms, "overlap": overlap}
 
     def watch(self) -> dict[str, Tensor]:
         """`mask_mean`: the mean of all masks, in (0, 1)."""
-        return {"mask_mean": torch.stack([masks.detach().mean() for masks in self.masked.seen.values()]).mean()}
+        return {"mask_mean": torch.stack([masks.mean() for masks in self.masked.seen.values()]).mean()}
 
     def look(self, batch: tuple[Any, Any]) -> dict[str, Tensor]:
         """As the second stage's."""
