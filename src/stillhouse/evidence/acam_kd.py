@@ -125,20 +125,4 @@ EXPERIMENTS = (
         searched=SEGMENT_SCENES,
         drawn=DRAWN,
     ),
-    Experiment(
-        name="detect_trees",
-        title="Trees on aerial photographs (deepforest), 200 px tiles at 64 x 64; 40 training tiles of one place for the student, "
-        "all that overlap for the teacher; judged on two other places; all students begin with the teacher's neck and head",
-        task="detect",
-        data="deepforest:size=64,train=40",
-        teacher_data="deepforest:size=64,stride=100",
-        student=f"{FCOS},backbone=timm/test_resnet",
-        teacher=f"{FCOS},backbone=timm/resnet10t",
-        recipe={"epochs": 24, "warmup_epochs": 2, "eval_every": 24, **SHARED},
-        teacher_recipe={"epochs": 12, "lr": 2e-3, "warmup_epochs": 1, "eval_every": 12},
-        arms=DETECTORS,
-        inherit=True,
-        searched=DETECT_SCENES,
-        drawn=DRAWN,
-    ),
 )

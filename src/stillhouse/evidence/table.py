@@ -87,7 +87,7 @@ def _of_masked_tokens(study: Study) -> Extra:
     return columns, cells
 
 
-FIGURES = {"mask_mean_spatial": "mean mask, places", "dice_spatial": "Dice, places", "corr": "correlation with |F_T - F_S|"}
+FIGURES = {"mask_mean_spatial": "mean mask, places", "dice_spatial": "Dice, places", "corr": "correlation with the difference"}
 """What ACAM-KD watches, as a table calls it."""
 
 
