@@ -15,6 +15,7 @@ from stillhouse.data import Data
 from stillhouse.data.loading import eval_batches
 from stillhouse.distillers.base import Distiller
 from stillhouse.errors import UserError
+from stillhouse.models.detectors import classes_of
 from stillhouse.models.outputs import logits_of
 from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.randomness import seeded
@@ -50,8 +51,9 @@ def check_distiller(distiller: Distiller, data: Data, transform: Any, allow_weak
     findings = [_networks(distiller)]
     _, images, targets = next(iter(eval_batches(data.val, transform, batch=min(STEP_BATCH, len(data.val)))))  # type: ignore[arg-type]
     images, targets = on_device((images, targets), next(distiller.parameters()).device)
+    answers = _detects if data.task == "detect" else _classes
     with seeded("check"), _put_back(distiller):
-        findings.append(_detects(distiller, images) if data.task == "detect" else _classes(distiller, images, len(data.classes)))
+        findings.append(answers(distiller, images, len(data.classes)))
         if distiller.teacher is not None:
             findings += [_frozen(distiller), _normalisation(distiller), _teacher_accuracy(distiller, data, transform, allow_weak_teacher)]
         findings.append(_one_step(distiller, (images, targets)))
@@ -86,7 +88,7 @@ def _networks(distiller: Distiller) -> Finding:
     return Finding("networks", ", ".join(f"{name} {count / 1e6:.2f} M parameters" for name, count in counts.items()) + patches)
 
 
-def _classes(distiller: Distiller, images: Tensor, classes: int) -> Finding:
+def _classes(distiller: Distiller, images: Any, classes: int) -> Finding:
     distiller.eval()
     with torch.no_grad():
         outputs = {"student": distiller.student(images)} | ({"teacher": distiller.teach(images)} if distiller.teacher is not None else {})
@@ -96,16 +98,24 @@ def _classes(distiller: Distiller, images: Tensor, classes: int) -> Finding:
             raise UserError(
                 f"the {role} answers NaN or infinity on the first images; its weights are damaged, name others with --{role}-weights"
             )
-        known = logits.shape[1]
-        if known != classes:
-            raise UserError(
-                f"the {role} knows {known} classes, the data has {classes}; train it on this data first with "
-                f"`stillhouse distill --method scratch --student …` and name that run folder with --{role}"
-            )
+        _refuse_other_classes(role, logits.shape[1], classes)
     return Finding("classes", f"{classes}, known to {' and '.join(outputs)}")
 
 
-def _detects(distiller: Distiller, images: list[Tensor]) -> Finding:
+def _refuse_other_classes(role: str, known: int, classes: int) -> None:
+    if known != classes:
+        trained = (
+            "train it on this data first with `stillhouse distill --method scratch --student …` and name that run folder with --teacher"
+        )
+        remedy = trained if role == "teacher" else "give it a head for these"
+        raise UserError(f"the {role} knows {known} classes, the data has {classes}; {remedy}")
+
+
+def _detects(distiller: Distiller, images: Any, classes: int) -> Finding:
+    for role, network in (("student", distiller.student), ("teacher", distiller.teacher)):
+        known = classes_of(network) if network is not None else None
+        if known is not None:
+            _refuse_other_classes(role, known, classes)
     distiller.eval()
     with torch.no_grad():
         outputs = {"student": distiller.student(images)} | ({"teacher": distiller.teach(images)} if distiller.teacher is not None else {})

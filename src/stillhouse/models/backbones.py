@@ -137,10 +137,12 @@ def _dilate(trunk: nn.Module, last: dict[int, str], stride: int) -> None:
 
 def _maps(body: nn.Module) -> dict[str, Tensor]:
     """What the body makes of an empty image, its statistics untouched. What has no part in it learns nothing: DDP would wait for it."""
-    maps: dict[str, Tensor] = body.eval()(torch.zeros(1, 3, _SIDE, _SIDE))
-    body.train()
     learning = [parameter for parameter in body.parameters() if parameter.requires_grad]
-    total = torch.stack([each.sum() for each in maps.values()]).sum()
-    for parameter, gradient in zip(learning, torch.autograd.grad(total, learning, allow_unused=True), strict=True):
+    with torch.enable_grad():
+        maps: dict[str, Tensor] = body.eval()(torch.zeros(1, 3, _SIDE, _SIDE))
+        total = torch.stack([each.sum() for each in maps.values()]).sum()
+        gradients = torch.autograd.grad(total, learning, allow_unused=True)
+    body.train()
+    for parameter, gradient in zip(learning, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
     return {key: each.detach() for key, each in maps.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torchvision
@@ -44,6 +44,21 @@ _WITHOUT_EPS = ("retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn")
 def is_detector(network: nn.Module) -> bool:
     """Whether a network follows torchvision's contract: `network(images, targets)` gives losses in train mode, detections in eval mode."""
     return "targets" in inspect.signature(network.forward).parameters
+
+
+def classes_of(network: nn.Module) -> int | None:
+    """How many classes a detector tells apart, the background not counted; None where its head does not say."""
+    if hasattr(network, "ids"):  # transformers'
+        return len(network.ids)  # type: ignore[arg-type]
+    detector: Any = network
+    paths = (
+        "head.classification_head.num_classes",
+        "head.classification_head.num_columns",
+        "roi_heads.box_predictor.cls_score.out_features",
+    )
+    found = (reduce(lambda part, name: getattr(part, name, None), path.split("."), detector) for path in paths)
+    outputs = next((each for each in found if each is not None), None)
+    return None if outputs is None else int(outputs) - 1
 
 
 def detection_losses(network: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:

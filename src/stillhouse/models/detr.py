@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
@@ -59,7 +60,7 @@ class Detr(nn.Module):
     Images are float [3, H, W] in [0, 1], each of its own size; they are normalised, resized and padded to one batch here.
 
     The submodules `backbone` and `neck` pass on the maps [B, C, H, W] of the padded batch as a list of levels (`neck`: the encoder's
-    memory), with gradient, so that a forward hook on them sees the features.
+    memory), with gradient, so that a forward hook on them sees the features, and may return others for what follows.
 
     Args:
         network: a `...ForObjectDetection` of transformers, of a kind in `KINDS`.
@@ -152,20 +153,32 @@ class Detr(nn.Module):
             self._no_further = False
         raise RuntimeError(f"{type(self.network).__name__} did not run its encoder")
 
-    def _pass_backbone(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _pass_backbone(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         features = output[0] if isinstance(output, tuple) else output  # some kinds add the position embeddings
-        levels = self.backbone([level for level, _ in features])
+        given = [level for level, _ in features]
+        levels = self.backbone(given)
         self._grid = levels[-1].shape[-2:]
+        if levels is given:
+            return None
+        others = [(level, mask) for level, (_, mask) in zip(levels, features, strict=True)]
+        return (others, *output[1:]) if isinstance(output, tuple) else others
 
-    def _pass_neck(self, module: nn.Module, inputs: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _pass_neck(self, module: nn.Module, inputs: Any, kwargs: dict[str, Any], output: Any) -> Any:
         memory = output.last_hidden_state
-        if isinstance(memory, Tensor):  # [B, H x W of every level, C]
+        tokens = isinstance(memory, Tensor)
+        if tokens:  # [B, H x W of every level, C]
             grids = kwargs.get("spatial_shapes_list", [self._grid])
             parts = memory.split([height * width for height, width in grids], dim=1)
             memory = [part.transpose(1, 2).unflatten(2, tuple(grid)) for part, grid in zip(parts, grids, strict=True)]
-        levels = self.neck(list(memory))
+        given = list(memory)
+        levels = self.neck(given)
         if self._no_further:
             raise _Reached(levels)
+        if levels is given:
+            return None
+        output = copy.copy(output)
+        output.last_hidden_state = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1) if tokens else levels
+        return output
 
     def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:
         """Pixels [B, 3, H, W], mask [B, H, W] (1: image, 0: padding), and the height and width in each image's pixels that 1.0 means."""

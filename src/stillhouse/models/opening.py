@@ -132,12 +132,14 @@ def _refuse_task(spec: str, parsed: Spec, found: Task, task: Task) -> None:
 
 def _as_given(model: nn.Module, task: Task) -> nn.Module:
     library = type(model).__module__.partition(".")[0]
+    recorded = hasattr(model, "_model_args") if library == "timm" else hasattr(model, "config")  # enough to build it again from a name
     if library == "transformers" and type(model).__name__.endswith("ForObjectDetection"):
         from stillhouse.models.detr import Detr
 
-        model = Detr(model)  # type: ignore[arg-type]
+        model = Detr(model)
+    elif type(model).__module__ == "stillhouse.models.detr":
+        library, recorded = "transformers", True
     if not hasattr(model, "stillhouse"):
-        recorded = hasattr(model, "_model_args") if library == "timm" else hasattr(model, "config")  # enough to build it again from a name
         family = library if library in ("timm", "transformers") and recorded else "object"
         info: dict[str, Any] = {"spec": None, "family": family, "name": None, "options": {}, "weights": "given"}
         model.stillhouse = info | ({"task": task} if task != "classify" else {})  # type: ignore[assignment]
@@ -213,8 +215,12 @@ def _read_config(folder: Path, config: dict[str, Any]) -> Saved:
 
         if config["model_type"] in KINDS:
             return Saved(Spec("transformers", str(folder)), known_classes(config), 3, None, file, task="detect", names=known_names(config))
+        segments = any(name.endswith("ForSemanticSegmentation") for name in config.get("architectures") or [])
+        names = known_names(config) if segments else None
         known = len(config["id2label"]) if "id2label" in config else 2  # transformers' own default
-        return Saved(Spec("transformers", str(folder)), known, config.get("num_channels", 3), transformers_preprocessing(str(folder)), file)
+        spec, preprocessing = Spec("transformers", str(folder)), transformers_preprocessing(str(folder))
+        channels = config.get("num_channels", 3)
+        return Saved(spec, known, channels, preprocessing, file, task="segment" if segments else "classify", names=names)
     ours = config["stillhouse"]
     if ours["family"] == "object":
         raise UserError(

@@ -128,7 +128,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _our_config(model: nn.Module, info: dict[str, Any]) -> dict[str, Any]:
     preprocessing = preprocessing_of(model)
     told: dict[str, Any] = {"family": "object", "network": type(model).__qualname__}
-    if "task" in info:
+    if "task" in info and info["family"] != "object":
         spec = Spec(info["family"], info["name"], info["options"])
         told = {"family": info["family"], "spec": str(spec), **{key: info[key] for key in ("task", "classes", "channels", "names")}}
     elif info["family"] == "torchvision":

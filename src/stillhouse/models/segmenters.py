@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 import torchvision
 from torch import nn
 from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
@@ -14,7 +15,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 from stillhouse.data import IMAGENET_MEAN, IMAGENET_STD
 from stillhouse.errors import UserError, nearest
 from stillhouse.models.backbones import open_body, statistics_of
-from stillhouse.models.families import Fit, _check_timm_name, _quick_without_network, _told
+from stillhouse.models.families import Fit, _account, _check_timm_name, _quick_without_network, _told, quiet_transformers
 from stillhouse.models.preprocessing import Preprocessing, set_preprocessing
 from stillhouse.models.published import load_file, load_published, refuse_bare
 from stillhouse.models.specs import Spec
@@ -41,6 +42,8 @@ def open_segmenter(
       (arXiv 1706.05587);
     - `channels` of DeepLabV3's and LR-ASPP's head.
 
+    Of transformers those are opened that were saved, as a run's student is; others are passed in Python.
+
     Those of segmentation-models-pytorch take `encoder` (its names, or `timm/NAME`) and the numbers and words of their class
     (`encoder_depth`, `decoder_channels`, `psp_out_channels`, ...); published weights are those of the encoder alone.
 
@@ -48,7 +51,7 @@ def open_segmenter(
         UserError: for an unknown name or option, one that does not fit the data, or weights that cannot be had.
     """
     if spec.family == "transformers":
-        raise UserError(f"'{spec}' is not opened by its name: make the object in Python and pass it, or name smp/segformer")
+        return _transformers(spec, fit, file, allow_partial), {}
     if spec.family == "smp":
         model, options = _smp(spec, fit, pretrained)
     else:
@@ -121,6 +124,25 @@ def _deeplab_head(width: int, channels: int, classes: int, stride: int) -> nn.Se
         nn.ReLU(),
         nn.Conv2d(channels, classes, 1),
     )
+
+
+def _transformers(spec: Spec, fit: Fit, file: dict[str, Any] | None, allow_partial: bool) -> nn.Module:
+    if file is None:
+        raise UserError(f"'{spec}' is not opened by its name: make the object in Python and pass it, or name smp/segformer")
+    try:
+        from transformers import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING as SEGMENTERS
+        from transformers import AutoConfig
+    except ImportError:
+        raise UserError(f"'{spec}' needs transformers: pip install 'stillhouse[transformers]'") from None
+    with _told(spec, spec.options), quiet_transformers():
+        config = AutoConfig.from_pretrained(spec.name, trust_remote_code=False)
+        config.num_labels = fit.classes
+        network: Any = SEGMENTERS[type(config)]
+        model, info = network.from_pretrained(
+            None, config=config, state_dict=file, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    _account(spec, info, fit, allow_partial)
+    return model.train()  # type: ignore[no-any-return]
 
 
 def _smp(spec: Spec, fit: Fit, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
