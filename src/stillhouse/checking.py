@@ -107,7 +107,7 @@ def _refuse_other_classes(role: str, known: int, classes: int) -> None:
         trained = (
             "train it on this data first with `stillhouse distill --method scratch --student …` and name that run folder with --teacher"
         )
-        remedy = trained if role == "teacher" else "give it a head for these"
+        remedy = trained if role == "teacher" else "give it a head for these, or name another with --student"
         raise UserError(f"the {role} knows {known} classes, the data has {classes}; {remedy}")
 
 
