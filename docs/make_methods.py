@@ -25,16 +25,21 @@ def pages() -> dict[str, str]:
 
 
 def _index(every: list[Card]) -> str:
-    rows = [f"| [`{card.name}`]({card.name}.md) | {card.family} | {_cell(card.sentence)} |" for card in every]
-    return "\n".join(["# Methods", "", "| method | family | what it does |", "|---|---|---|", *rows]) + "\n"
+    rows = [f"| {' | '.join(map(_cell, _row(card)))} |" for card in every]
+    heads = ("method", "family", "for", "what it does", "needs", "masked", "what its evidence showed")
+    return "\n".join(["# Methods", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows]) + "\n"
+
+
+def _row(card: Card) -> list[str]:
+    needs = ", ".join(card.needs) or "no teacher"
+    return [f"[`{card.name}`]({card.name}.md)", card.family, ", ".join(card.tasks), card.sentence, needs, card.masked, card.showed]
 
 
 def _page(card: Card) -> str:
     kind = distillers.find(card.name)
     about = docstring_parser.parse(inspect.getdoc(kind) or "")
     texts = {each.arg_name: each.description or "" for each in about.params}
-    signature = inspect.signature(kind.__init__).parameters
-    networks = [f"- `{name}`: {_line(texts[name])}" for name in ("student", "teacher") if name in signature]
+    networks = [f"- `{name}`: {_line(texts[name])}" for name in distillers.networks(card.name)]
     own = distillers.settings(card.name)
     rows = [f"| `{_flag(name)}` | `{each.default!r}` | {_cell(texts[name])} |" for name, each in own.items()]
     table = ["In Python by keyword, with underscores.", "", "| flag | default | meaning |", "|---|---|---|", *rows] if rows else ["None."]
@@ -58,7 +63,8 @@ def _evidence(name: str) -> str:
         return "None of its own."
     command = f"`stillhouse reproduce {name}` runs it."
     there = (DOCS / "evidence" / f"{name}.md").exists()
-    return f"{command} The last table: [evidence](../evidence/{name}.md)." if there else f"{command} No table is kept here yet."
+    table = f"The last table: [evidence](../evidence/{name}.md)." if there else "No table is kept here yet."
+    return f"{command} {table}"
 
 
 def _flag(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import shutil
 import signal
 import tempfile
@@ -17,11 +18,14 @@ from torch import Tensor, nn
 import stillhouse as sh
 from stillhouse import distillers
 from stillhouse.data import Data, open_data
+from stillhouse.data.loading import eval_batches
 from stillhouse.distillers.base import Distiller
+from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.session import input_of, open_student, transforms_of
 from stillhouse.training.loop import Loop
 from stillhouse.training.recipe import Recipe
-from tests.conftest import CLASSES, SIDE, tiny_detector, tiny_segmenter
+from tests.conftest import CLASSES, SIDE
+from tests.parts import OF_ITS_OWN, SMALL, networks_for
 
 STUDENT = "timm/vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=16,depth=1,num_heads=2"
 TEACHER = "timm/vit_tiny_patch16_224:img_size=8,patch_size=4,embed_dim=24,depth=2,num_heads=2"
@@ -46,7 +50,7 @@ def dense_data(task: str) -> Data:
         image[kind % 3, y : y + side, x : x + side] = 255
         mask[y : y + side, x : x + side] = kind
         box = {"boxes": torch.tensor([[x, y, x + side, y + side]]).float(), "labels": torch.tensor([kind])}
-        samples.append((image, box if task == "detect" else mask))
+        samples.append((image, {"detect": box, "segment": mask}.get(task, kind)))
     names = [f"kind {number}" for number in range(CLASSES)]
     return Data(f"squares to {task}", samples[:64], samples[64:], names, task=task, size=SIDE)  # type: ignore[arg-type]
 
@@ -58,27 +62,30 @@ def network(spec: str = STUDENT, seed: int = 0) -> nn.Module:
 def distiller(name: str, **settings: Any) -> Distiller:
     kind = distillers.find(name)
     torch.manual_seed(0)
-    if kind.tasks[0] != "classify":
-        tiny = tiny_detector if kind.tasks[0] == "detect" else tiny_segmenter
-        return kind(tiny(1), tiny(2, width=16), **settings)
-    teacher = {} if name == "scratch" else {"teacher": network(TEACHER, 1)}
-    return kind(network(), **teacher, **settings)
+    if kind.tasks[0] == "classify" and not distillers.others(name) and name not in OF_ITS_OWN:
+        teacher = {} if "teacher" not in distillers.networks(name) else {"teacher": network(TEACHER, 1)}
+        return kind(network(), **teacher, **settings)
+    return kind(**networks_for(name), **SMALL.get(name, {}), **settings)
+
+
+def data_for(learner: Distiller) -> Data:
+    """The smallest data that the networks of `parts` or of this module take."""
+    task = learner.tasks[0]
+    if task in ("detect", "segment"):
+        return dense_data(task)
+    channels = len(getattr(preprocessing_of(learner.student), "mean", (0,)))
+    return dataclasses.replace(data() if channels == 1 else dense_data("classify"), task=task)
 
 
 def loop(learner: Distiller, folder: Path, **recipe: Any) -> Loop:
     """A loop in a new folder; with `resume=True` as its last checkpoint left it."""
     folder.mkdir(parents=True, exist_ok=True)
-    used = data() if learner.tasks[0] == "classify" else dense_data(learner.tasks[0])
+    used = data_for(learner)
     resume, preprocessing = recipe.pop("resume", False), input_of(learner.student, used)
-    made = Loop(
-        learner,
-        used,
-        transforms_of(preprocessing, used, {}),
-        preprocessing,
-        Recipe(**RECIPE | recipe),
-        folder,
-        {"method": type(learner).__name__},
-    )
+    transforms, settings = transforms_of(preprocessing, used, {}), Recipe(**RECIPE | recipe)
+    torch.manual_seed(0)
+    learner.prepare((images, targets) for _, images, targets in eval_batches(used.train, transforms[1], batch=16))
+    made = Loop(learner, used, transforms, preprocessing, settings, folder, {"method": type(learner).__name__})
     if resume:
         made.load()
     return made

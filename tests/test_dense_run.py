@@ -133,7 +133,7 @@ def test_the_teacher_may_have_another_size_and_stride(folder: str, tmp_path: Pat
         ({"method": "kd"}, "method kd is for data to classify, and 'squares to segment' is to segment"),
         ({"method": "fgd"}, "method fgd is for data to detect"),
         ({"task": "detect"}, "are to segment, not to detect"),
-        ({"mixup": 0.2}, "mixup, cutmix and smoothing are for class labels"),
+        ({"mixup": 0.2}, "mixup, cutmix and smoothing are for images to classify"),
         ({"random_erasing": 0.2}, "do not move segment labels"),
         ({"student": "timm/resnet18"}, "torchvision/deeplabv3:backbone=timm/resnet18"),
         ({"student": SPECS["detect"]}, "is there to detect images"),

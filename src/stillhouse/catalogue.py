@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from stillhouse import distillers
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a method says about itself."""
+    """What a method says about itself.
+
+    Attributes:
+        sentence: what it does.
+        text: all that its module says.
+        masked: what is masked and by whom, or "nothing".
+        tasks: what it is for.
+        needs: the networks it takes beside the student.
+        showed: what its evidence showed, "" where there is none of its own.
+    """
 
     name: str
     family: str
     sentence: str
     text: str
+    masked: str
+    tasks: tuple[str, ...]
+    needs: list[str]
+    showed: str
     settings: dict[str, str]
 
 
@@ -35,7 +51,24 @@ def _card(name: str) -> Card:
     text = inspect.getdoc(module) or ""
     title = text.split("\n\n")[0].replace("\n", " ")
     settings = {key: str(parameter.default) for key, parameter in distillers.settings(name).items()}
-    return Card(name, _family(name), title, text, settings)
+    masked = re.search(r"^Masked: (.+?)[.;](?:\s|$)", text, re.MULTILINE | re.DOTALL)
+    return Card(
+        name=name,
+        family=_family(name),
+        sentence=title,
+        text=text,
+        masked=" ".join(masked[1].split()) if masked else "",
+        tasks=distillers.find(name).tasks,
+        needs=[network for network in distillers.networks(name) if network != "student"],
+        showed=_showed(name),
+        settings=settings,
+    )
+
+
+def _showed(name: str) -> str:
+    if find_spec(f"stillhouse.evidence.{name}") is None:
+        return ""
+    return str(getattr(importlib.import_module(f"stillhouse.evidence.{name}"), "SHOWED", ""))
 
 
 def _family(name: str) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stillhouse import tasks
+from stillhouse import distillers, tasks
 from stillhouse.data import Data
+from stillhouse.data.boxes import BoxFiles
 from stillhouse.data.loading import eval_batches
 from stillhouse.distillers.base import Distiller
 from stillhouse.errors import UserError
@@ -48,16 +50,26 @@ def check_distiller(distiller: Distiller, data: Data, transform: Any, allow_weak
     Raises:
         UserError: at the first thing that cannot work, and what to do.
     """
+    _refuse_without_boxes(data)
     findings = [_networks(distiller)]
     _, images, targets = next(iter(eval_batches(data.val, transform, batch=min(STEP_BATCH, len(data.val)))))  # type: ignore[arg-type]
     images, targets = on_device((images, targets), next(distiller.parameters()).device)
-    answers = _detects if data.task == "detect" else _classes
     with seeded("check"), _put_back(distiller):
-        findings.append(answers(distiller, images, len(data.classes)))
+        if data.task in ANSWERS:
+            findings.append(ANSWERS[data.task](distiller, images, len(data.classes)))
         if distiller.teacher is not None:
-            findings += [_frozen(distiller), _normalisation(distiller), _teacher_accuracy(distiller, data, transform, allow_weak_teacher)]
+            findings += [_frozen(distiller), _normalisation(distiller)]
+        if distiller.teacher is not None and data.task in ("classify", "detect", "segment"):
+            findings.append(_teacher_accuracy(distiller, data, transform, allow_weak_teacher))
         findings.append(_one_step(distiller, (images, targets)))
     return findings
+
+
+def _refuse_without_boxes(data: Data) -> None:
+    """Where it is known without reading the images."""
+    for part, purpose in ((data.train, "train"), (data.val, "validate")):
+        if isinstance(part, BoxFiles) and part.iscrowd.all():
+            raise UserError(f"no image of '{data.name}' to {purpose} with has a box that counts (crowds do not), expected at least one")
 
 
 @contextmanager
@@ -79,11 +91,8 @@ def _put_back(distiller: Distiller) -> Iterator[None]:
 
 
 def _networks(distiller: Distiller) -> Finding:
-    counts = {
-        name: sum(p.numel() for p in network.parameters())
-        for name, network in (("student", distiller.student), ("teacher", distiller.teacher))
-        if network is not None
-    }
+    there = {name: getattr(distiller, name, None) for name in distillers.networks(type(distiller))}
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in there.items() if network is not None}
     patches = f"; the teacher sees {distiller.kept} of its {distiller.patches} patches" if hasattr(distiller, "patches") else ""
     return Finding("networks", ", ".join(f"{name} {count / 1e6:.2f} M parameters" for name, count in counts.items()) + patches)
 
@@ -130,6 +139,20 @@ def _detects(distiller: Distiller, images: Any, classes: int) -> Finding:
     return Finding("answers", f"boxes, labels and scores by {' and '.join(outputs)}")
 
 
+def _encodes(distiller: Distiller, images: Any, classes: int) -> Finding:
+    distiller.eval()
+    with torch.no_grad():
+        features = next(iter(distiller.examined(distiller.products).values())).eval()(images)
+    if not isinstance(features, Tensor) or features.ndim != 2 or not features.isfinite().all():
+        seen = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise UserError(f"the student answers {seen} for images, expected finite features [images, D]; name an encoder such as timm's")
+    return Finding("features", f"{features.shape[1]} of each image by student")
+
+
+ANSWERS = {"classify": _classes, "segment": _classes, "regress": _classes, "detect": _detects, "encode": _encodes}
+"""What is asked of the networks before anything is trained, by task."""
+
+
 def _frozen(distiller: Distiller) -> Finding:
     distiller.train()
     teacher = distiller.teacher
@@ -168,15 +191,18 @@ def _one_step(distiller: Distiller, batch: tuple[Any, Any]) -> Finding:
     """Gradients of one small batch."""
     distiller.train()
     silent: list[str] = []
-    for turn in distiller.turns():
-        terms = distiller(batch, turn.name)
-        for name, value in terms.items():
+    turns = distiller.turns()
+    if not turns:
+        return Finding("one step", "there is none: nothing is trained")
+    for name, together in groupby(turns, key=lambda turn: turn.name):
+        terms = distiller(batch, name)
+        for term, value in terms.items():
             if not value.isfinite():
                 raise UserError(
-                    f"the loss term '{name}' is {float(value.detach())} on the first images; check the teacher's weights and the settings"
+                    f"the loss term '{term}' is {float(value.detach())} on the first images; check the teacher's weights and the settings"
                 )
         torch.stack(list(terms.values())).sum().backward()
-        silent += _gradients(distiller, turn.parameters)
+        silent += _gradients(distiller, [parameter for turn in together for parameter in turn.parameters])
         distiller.zero_grad(set_to_none=True)
     without = f"; none for {', '.join(silent[:3])}{' …' if len(silent) > 3 else ''}" if silent else ""
     return Finding("one step", f"finite gradients where they belong, none in the teacher{without}")

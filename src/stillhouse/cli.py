@@ -102,10 +102,15 @@ def _parser(name: str) -> Any:
             return re.sub(r"--[a-z_.]+", lambda flag: flag[0].replace("_", "-"), super().format_help(*arguments))
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            message = " ".join(message.split())
+            chosen = re.search(r'Parser key "(\w+)":.*?Literal\[(.*?)\].*(?:Got|Given) value: (.+)', message)
+            if chosen:
+                name, choices, value = chosen[1], chosen[2].replace("'", "").split(", "), chosen[3]
+                raise UserError(f"{name} is '{value}'{nearest(value, choices) or ', expected one of ' + ', '.join(choices)}")
             unknown = re.search(r"--\w+", message)
             flags = [f"--{action.dest}" for action in self._actions]
             near = nearest(unknown[0], flags).replace("_", "-") if unknown and unknown[0] not in flags else ""
-            raise UserError(f"{' '.join(message.split())}{near}; `{self.prog} --help` shows all flags")
+            raise UserError(f"{message}{near}; `{self.prog} --help` shows all flags")
 
     return Parser(prog=f"stillhouse {name}", description=COMMANDS[name], default_env=False, print_config=None, allow_abbrev=False)
 
@@ -119,8 +124,14 @@ def _add_distill(parser: Any, function: Callable[..., Any], arguments: Sequence[
     from stillhouse.training.recipe import Recipe
 
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of settings, such as a run's settings.yaml")
-    _add_function(parser, function, skip={"settings"})
-    parser.add_class_arguments(distillers.find(_method(arguments)), skip={"student", "teacher"})
+    method = _method(arguments)
+    kind, others = distillers.find(method), set(distillers.others(method))
+    idle = {"judge": "generate" not in kind.tasks, "unlabelled": not kind.unlabelled}
+    _add_function(parser, function, skip={"settings", *(name for name, unused in idle.items() if unused)})
+    texts = _texts(kind)
+    for network in sorted(others):
+        parser.add_argument(f"--{network}", type=str, help=texts.get(network))
+    parser.add_class_arguments(kind, skip={"student", "teacher"} | others)
     parser.add_class_arguments(Recipe)
     _add_function(parser, train_transform, skip={"preprocessing", "data"})
     return _switches(function) | _switches(Recipe)
@@ -128,14 +139,19 @@ def _add_distill(parser: Any, function: Callable[..., Any], arguments: Sequence[
 
 def _add_function(parser: Any, function: Callable[..., Any], skip: set[str]) -> None:
     """A function's parameters as flags; where Python also takes an object, the command line takes its name."""
-    import docstring_parser
-
     parameters = {name: each for name, each in inspect.signature(function).parameters.items() if name not in skip}
     named = {name: each for name, each in parameters.items() if re.search(r"nn\.Module|Data\b|Path|type\[", str(each.annotation))}
-    texts = {each.arg_name: each.description for each in docstring_parser.parse(function.__doc__ or "").params}
+    texts = _texts(function)
     for name, parameter in named.items():
         parser.add_argument(f"--{name}", type=str, required=parameter.default is inspect.Parameter.empty, help=texts.get(name))
     parser.add_function_arguments(function, skip=skip | set(named))
+
+
+def _texts(documented: Any) -> dict[str, str | None]:
+    """What a docstring says about each parameter."""
+    import docstring_parser
+
+    return {each.arg_name: each.description for each in docstring_parser.parse(documented.__doc__ or "").params}
 
 
 def _switches(function: Callable[..., Any]) -> set[str]:

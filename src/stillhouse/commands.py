@@ -34,7 +34,7 @@ def check(
     data: str | Data,
     *,
     method: str | None = None,
-    task: Literal["classify", "detect", "segment"] | None = None,
+    task: Literal["classify", "detect", "segment", "encode", "generate", "regress"] | None = None,
     teacher_weights: str = "pretrained",
     student_weights: str = "random",
     allow_weak_teacher: bool = False,
@@ -61,6 +61,8 @@ def check(
         "method": method or default_method(task, data),
         "task": task,
         "inherit": None,
+        "unlabelled": None,
+        "judge": None,
         "teacher": teacher,
         "student": student,
         "data": data,
@@ -122,7 +124,7 @@ def evaluate(
     """The metrics of a run's student on the validation images of a data set.
 
     Args:
-        run: a run folder.
+        run: a run folder, or the folder of another network in it, such as RUN/partner.
         data: a spec or `stillhouse.data.Data`; by default what the run was trained on.
         batch: images at a time.
         bad_data: refuse or skip unreadable images.
@@ -135,19 +137,30 @@ def evaluate(
     from stillhouse.errors import UserError
     from stillhouse.models.opening import open_model
     from stillhouse.run_folder import read_facts, read_settings
-    from stillhouse.session import fit_of, input_of, transforms_of
+    from stillhouse.session import fit_of, input_of, open_judge, trained_judge, transforms_of
     from stillhouse.training.evaluation import evaluate as measure
+    from stillhouse.training.evaluation import learnt
     from stillhouse.training.loop import on_cpu
 
-    settings = read_settings(Path(run) / "settings.yaml")
+    folder = Path(run) if (Path(run) / "settings.yaml").is_file() or not (Path(run) / "config.json").is_file() else Path(run).parent
+    settings = read_settings(folder / "settings.yaml")
     data = data or settings["data"]
     if data is None:
         raise UserError(f"the run in {run} was trained on data made in Python, which no file names; name the data with --data")
-    opened = open_data(data, bad_data=bad_data, task=read_facts(Path(run)).get("task"))
+    if (folder / "data").is_dir():
+        raise UserError(f"the run in {run} made a data set, not a network: train one on it with --method scratch --data {run}")
+    opened = open_data(data, bad_data=bad_data, task=read_facts(folder).get("task"))
     accelerator = Accelerator(cpu=on_cpu())
     student = open_model(str(run), **fit_of(opened)).to(accelerator.device)
-    _, transform = transforms_of(input_of(student, opened), opened, {})
-    return measure(student, eval_batches(opened.val, transform, batch=batch), accelerator, tasks.find(opened.task)(opened.classes))
+    preprocessing = input_of(student, opened)
+    _, transform = transforms_of(preprocessing, opened, {})
+    kind = tasks.find(opened.task)
+    judged: dict[str, Any] = {}
+    if kind.judged:
+        named = settings.get("judge") or str(trained_judge(folder.parent, data, smoke=False))
+        judged["judge"] = open_judge(named, opened).to(accelerator.device)
+    metric = learnt(kind(opened.classes, **judged), student, opened, transform, accelerator.device, batch)
+    return measure(student, eval_batches(opened.val, transform, batch=batch), accelerator, metric)
 
 
 def compare(runs: list[str]) -> list[dict[str, Any]]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stillhouse import tasks
-from stillhouse.data import Data
 from stillhouse.data.loading import eval_batches
 from stillhouse.distillers import name_of
-from stillhouse.distillers.base import Distiller
 from stillhouse.measure.estimate import estimate
 from stillhouse.measure.flops import macs
 from stillhouse.models.tokens import OnSomeTokens
@@ -20,68 +17,66 @@ from stillhouse.run_folder import read_facts
 from stillhouse.training.batches import on_device
 from stillhouse.training.evaluation import measured
 from stillhouse.training.log import read_table
+from stillhouse.training.loop import Loop
 from stillhouse.training.recipe import Recipe
 
 TIMED_MACS = 2e10
 """Multiply-adds of one timed step on a CPU, so that timing stays a matter of seconds."""
 
 
-def results(
-    folder: Path,
-    distiller: Distiller,
-    student: nn.Module,
-    data: Data,
-    transform: Any,
-    recipe: Recipe,
-    metrics: dict[str, float],
-    accelerator: Accelerator,
-) -> dict[str, Any]:
+def results(folder: Path, loop: Loop, metrics: dict[str, float]) -> dict[str, Any]:
     """The parts of `run.json` that tell what came of it: `models`, `result`, and for a masked teacher `keep` and `savings`.
 
     Step times are of the runs themselves (loading included); what masking saved is measured side by side afterwards.
     """
-    few: Any = next(iter(eval_batches(data.val, transform, batch=min(32, len(data.val)))))[1]  # type: ignore[arg-type]
-    channels, height, width = few[0].shape
-    keys = tasks.find(data.task).titles
-    models = {"student": {"name": _name(student), "params": _params(student), "macs": macs(student, (channels, height, width))}}
-    method_row = {
-        "row": f"student ({name_of(type(distiller))})",
-        **{key: metrics[key] for key in keys if key in metrics},
-        "step_ms": _step_ms(folder, recipe),
-        **_cost(models["student"]),
-    }
-    rows = [method_row]
+    distiller, data, recipe, method = loop.distiller, loop.data, loop.recipe, name_of(type(loop.distiller))
+    few: Any = next(iter(eval_batches(data.val, loop.eval_transform, batch=min(32, len(data.val)))))[1]  # type: ignore[arg-type]
+    shape = tuple(few[0].shape) if data.inputs == "images" and data.task != "generate" else None
+    models = {name: _model(product, shape) for name, product in loop.kept.items()}
+    rows = []
+    for number, name in enumerate(loop.examined()):
+        found = _of_task(loop, {key.removeprefix(f"{name}_") if number else key: value for key, value in metrics.items()})
+        rows.append({"row": f"{name} ({method})", **found, "step_ms": _step_ms(folder, recipe), **_cost(models.get(name, {}))})
     facts: dict[str, Any] = {"keep": None, "savings": None}
     if distiller.teacher is not None:
-        whole = nn.Sequential(distiller.refeed, distiller.teacher)
         network = distiller.teacher.model if isinstance(distiller.teacher, OnSomeTokens) else distiller.teacher
-        fed = tuple(distiller.refeed(on_device(few[:1], accelerator.device))[0].shape)
+        fed = tuple(distiller.refeed(on_device(few[:1], loop.accelerator.device))[0].shape) if shape else None
         kept = getattr(distiller, "kept", None)
-        models["teacher"] = {"name": _name(network), "params": _params(network), "macs": macs(network, fed)}
-        models["teacher"]["macs_kept"] = macs(network, fed, keep=kept) if kept else models["teacher"]["macs"]
-        batches = eval_batches(data.val, transform, batch=recipe.batch, workers=recipe.workers)
-        taught: Any = measured(whole, batches, accelerator.device, tasks.find(data.task)(data.classes, sync_on_compute=False))
-        found, per_class = tasks.by_class(taught.compute())
-        known = {key: value for key, value in found.items() if key in keys}
-        rows.insert(0, {"row": "teacher", **known, "per_class": per_class, "step_ms": None, **_cost(models["teacher"])})
+        models["teacher"] = _model(network, fed)
+        models["teacher"]["macs_kept"] = macs(network, fed, keep=kept) if kept and fed else models["teacher"]["macs"]
+        rows.insert(0, {"row": "teacher", **_of_teacher(loop), "step_ms": None, **_cost(models["teacher"])})
         if kept:
             facts["keep"] = {"kept": kept, "patches": distiller.patches}
-            facts["savings"] = _savings(network, student, few, len(data.classes), kept, models, accelerator)
+            facts["savings"] = _savings(network, loop.kept["student"], few, len(data.classes), kept, models, loop.accelerator)
     if (folder / "baseline" / "run.json").exists():
-        baseline = read_facts(folder / "baseline")["metrics"]
-        rows.append(
-            {
-                "row": "student, labels only",
-                **{key: baseline[key] for key in keys if key in baseline},
-                "step_ms": _step_ms(folder / "baseline", recipe),
-                **_cost(models["student"]),
-            }
-        )
+        found = _of_task(loop, read_facts(folder / "baseline")["metrics"])
+        cost = {"step_ms": _step_ms(folder / "baseline", recipe), **_cost(models["student"])}
+        rows.append({"row": "student, labels only", **found, **cost})
     return facts | {"models": models, "result": rows}
 
 
+def _of_task(loop: Loop, metrics: dict[str, float]) -> dict[str, float]:
+    return {key: metrics[key] for key in loop.task.titles if key in metrics}
+
+
+def _of_teacher(loop: Loop) -> dict[str, Any]:
+    """What the teacher reaches on the validation set."""
+    device = loop.accelerator.device
+    whole = nn.Sequential(loop.distiller.refeed, loop.distiller.teacher)
+    metric = loop.learnt(loop.metric(sync_on_compute=False), whole)
+    batches = eval_batches(loop.data.val, loop.eval_transform, batch=loop.recipe.batch, workers=loop.recipe.workers)
+    found, per_class = tasks.by_class(measured(whole, batches, device, metric).compute())
+    return {**_of_task(loop, found), "per_class": per_class}
+
+
+def _model(network: nn.Module, shape: tuple[int, ...] | None) -> dict[str, Any]:
+    """A network's or a data set's name and size, and what a network multiplies for one image."""
+    counted = shape is not None and not hasattr(network, "write")
+    return {"name": _name(network), "params": _params(network), "macs": macs(network, shape) if counted else None}  # type: ignore[arg-type]
+
+
 def _savings(
-    teacher: nn.Module, student: nn.Module, images: Tensor, classes: int, kept: int, models: dict[str, Any], accelerator: Accelerator
+    teacher: nn.Module, student: nn.Module, images: Tensor, classes: int, kept: int, models: dict[str, Any], accelerator: Any
 ) -> dict[str, Any]:
     """Multiply-adds and step times with the whole and with the masked teacher, measured in turn in this process."""
     per_image = models["teacher"]["macs"] + 3 * models["student"]["macs"]
@@ -105,7 +100,7 @@ def _step_ms(folder: Path, recipe: Recipe) -> float | None:
 
 
 def _cost(model: dict[str, Any]) -> dict[str, Any]:
-    return {"params": model["params"], "macs": model["macs"]}
+    return {"params": model.get("params"), "macs": model.get("macs")}
 
 
 def _params(network: nn.Module) -> int:

@@ -54,11 +54,13 @@ def distill(
     teacher: str | nn.Module | None = None,
     student: str | nn.Module | None = None,
     data: str | Data | None = None,
-    task: Literal["classify", "detect", "segment"] | None = None,
+    unlabelled: str | Data | None = None,
+    task: Literal["classify", "detect", "segment", "encode", "generate", "regress"] | None = None,
     out: str | None = None,
     teacher_weights: str = "pretrained",
     student_weights: str = "random",
     inherit: str | nn.Module | None = None,
+    judge: str | nn.Module | None = None,
     allow_partial: bool = False,
     allow_weak_teacher: bool = False,
     baseline: bool = False,
@@ -76,12 +78,17 @@ def distill(
             run folder; or in Python a module.
         student: likewise.
         data: digits, fashion-mnist, imagefolder:DIR or hf:DIR_OR_NAME to classify, coco:DIR or voc:DIR to detect, masks:DIR or
-            cityscapes:DIR to segment, scenes for either, each with options; or in Python a `stillhouse.data.Data`.
-        task: classify, detect or segment, where the data allow several; by default what the data are for. Alone it names the embedded job.
+            cityscapes:DIR to segment, scenes for either, each with options; a run whose product is a data set; or in Python a
+            `stillhouse.data.Data`.
+        unlabelled: more images, for a method with a stage that needs no labels; by default those of the data.
+        task: classify, detect or segment (encode, generate, regress), where data and method allow several; by default what they are for.
+            Alone it names the embedded job.
         out: the run folder; by default the next free runs/METHOD-N.
         teacher_weights: pretrained, or a file of weights (safetensors, or a state dict that needs no pickle).
         student_weights: random, pretrained, or a file.
         inherit: a detector or segmenter whose neck and head the student begins with where shapes agree; "teacher" for the teacher.
+        judge: a classifier of the same data, in whose eyes generated images are measured; by default one that is trained first, once for
+            all runs in a folder.
         allow_partial: accept weights with missing or unexpected keys; they are logged.
         allow_weak_teacher: go on although the teacher is no better than chance on this data.
         baseline: also train the same student on labels only, same recipe and seed, into OUT/baseline; always done in the embedded job.

@@ -115,6 +115,7 @@ def _stored(folder: Path, out: str | None, given: dict[str, Any]) -> dict[str, A
         raise UserError(f"there is no run to resume in {folder}: it has no settings.yaml; leave out --resume to start one")
     stored = read_settings(folder / "settings.yaml")
     for name, value in given.items():
+        value = list(value) if isinstance(value, tuple) else value  # as YAML has it
         if name not in FREE and stored.get(name) is not None and stored[name] != value:
             raise UserError(
                 f"the run in {folder} has {name}={stored[name]}, not {value}; resume it without that, or start another with --out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import inspect
 import itertools
 import logging
@@ -11,7 +12,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from torch import nn
 import stillhouse
 from stillhouse import distillers, tasks
 from stillhouse.checking import check_distiller
-from stillhouse.data import Data, TaskName, open_data
+from stillhouse.data import OF_CLASSES, Data, TaskName, open_data
 from stillhouse.data.dense_transforms import dense_transforms
+from stillhouse.data.loading import eval_batches
 from stillhouse.data.transforms import eval_transform, train_transform
 from stillhouse.distillers.base import Distiller, Stage
 from stillhouse.errors import UserError, nearest
@@ -36,10 +38,12 @@ from stillhouse.models.opening import open_model, task_of
 from stillhouse.models.preprocessing import Preprocessing, preprocessing_of, set_preprocessing
 from stillhouse.models.saving import save_student
 from stillhouse.models.weights import weights_hash
-from stillhouse.randomness import seeded
+from stillhouse.randomness import seed_from, seeded
 from stillhouse.report import write_report
 from stillhouse.results import results
-from stillhouse.run_folder import FREE, read_facts, read_settings, write_facts, write_settings, writing
+from stillhouse.run_folder import FREE, read_facts, read_settings, status, write_facts, write_settings, writing
+from stillhouse.tasks.base import Task
+from stillhouse.training.batches import on_device
 from stillhouse.training.checkpoint import checkpoints, load_checkpoint
 from stillhouse.training.loop import Loop, on_cpu
 from stillhouse.training.recipe import NAMES, Recipe
@@ -47,7 +51,7 @@ from stillhouse.training.recipe import NAMES, Recipe
 LOG = logging.getLogger("stillhouse")
 AUGMENTATION = frozenset(inspect.signature(train_transform).parameters) - {"preprocessing", "data"}
 OWN = (
-    *("method", "teacher", "student", "data", "task", "teacher_weights", "student_weights", "inherit"),
+    *("method", "teacher", "student", "data", "unlabelled", "task", "teacher_weights", "student_weights", "inherit", "judge"),
     *("allow_partial", "allow_weak_teacher", "baseline", "bad_data"),
 )
 """The settings that are `stillhouse.distill`'s own, not the loop's, the augmentation's or the method's."""
@@ -73,17 +77,35 @@ class Session:
         self.method, self.distiller = distillers.name_of(job["method"]), distillers.find(job["method"])
         self.recipe, self.augmentation, self.settings = split_settings(job["method"], job)
         self.job = job
-        self.data = open_data(_needed(job, "data"), seed=self.recipe.seed, bad_data=job["bad_data"], task=task_of_job(job))
+        opened = open_data(_needed(job, "data"), seed=self.recipe.seed, bad_data=job["bad_data"], task=task_of_job(job))
+        self.data = for_method(job["method"], opened, job["task"])
         refuse_other_task(job["method"], self.data)
+        self.unlabelled = self.open_unlabelled()
         self.teacher = self.open_teacher()
         self.student = open_student(_needed(job, "student"), self.data, job["student_weights"], job["allow_partial"], self.recipe.seed)
+        self.others = {name: self.open_other(name, network.default) for name, network in distillers.others(job["method"]).items()}
         self.inherit()
         self.preprocessing = input_of(self.student, self.data)
         self.transforms = transforms_of(self.preprocessing, self.data, self.augmentation)
 
+    def open_unlabelled(self) -> Data:
+        """The images that a stage without labels learns from: those of the data, where no others are named."""
+        named = self.job["unlabelled"]
+        if named is not None and not self.distiller.unlabelled:
+            raise UserError(f"method {self.method} has no stage that learns from unlabelled images: leave --unlabelled out")
+        if named is None:
+            return dataclasses.replace(self.data, task="encode") if self.data.task in OF_CLASSES else self.data
+        found = open_data(named, seed=self.recipe.seed, bad_data=self.job["bad_data"], task="encode")
+        if (found.channels, found.size) != (self.data.channels, self.data.size):
+            raise UserError(
+                f"the images of '{found.name}' have {found.channels} channels and the size {found.size}, those of '{self.data.name}' "
+                f"{self.data.channels} and {self.data.size}: one student cannot take both"
+            )
+        return found
+
     def open_teacher(self) -> nn.Module | None:
         """The teacher with its weights, if the method has one."""
-        needs = "teacher" in inspect.signature(self.distiller.__init__).parameters
+        needs = "teacher" in distillers.networks(self.job["method"])
         named = self.job["teacher"]
         if needs and named is None:
             raise UserError(f"method {self.method} needs a teacher: name it with --teacher, or train without one with --method scratch")
@@ -92,6 +114,18 @@ class Session:
         if not needs:
             return None
         return self.open_source(named)
+
+    def open_other(self, name: str, default: Any) -> nn.Module | None:
+        """A network beside student and teacher: opened as a teacher if it is frozen, otherwise as a student with weights of its own."""
+        named = self.job.get(name)
+        if named is None and default is inspect.Parameter.empty:
+            raise UserError(f"method {self.method} needs a {name}: name it with --{name.replace('_', '-')}")
+        if named is None:
+            return None
+        if name in self.distiller.frozen:
+            return self.open_source(named)
+        seed = seed_from(self.recipe.seed, name)
+        return open_student(named, self.data, self.job["student_weights"], self.job["allow_partial"], seed)
 
     def open_source(self, named: str | nn.Module) -> nn.Module:
         """A network that knows the data's classes, with the weights that the teacher is to have."""
@@ -112,7 +146,7 @@ class Session:
 
     def stages(self) -> Iterator[Stage]:
         """The parts of the training. What a distiller adds to the networks starts from weights that are a function of the seed."""
-        stages = self.distiller.stages(self.student, self.teacher, self.recipe.epochs, **self.settings)
+        stages = self.distiller.stages(self.student, self.teacher, self.recipe.epochs, **self.others, **self.settings)
         for number in itertools.count():
             with seeded(self.recipe.seed, "stage", number):
                 stage = next(stages, None)
@@ -138,10 +172,11 @@ class Session:
 
     def loop(self, stage: Stage, first: bool) -> Loop:
         """The loop of a stage, where it was stopped if this is a resume. Before the first one all is checked, and nothing written."""
+        data = self.data_of(stage)
+        self.prepare(stage, data)
         if first:
-            stage.distiller.to(PartialState(cpu=on_cpu()).device)
             weak = self.job["allow_weak_teacher"]
-            for finding in check_distiller(stage.distiller, self.data, self.transforms[1], allow_weak_teacher=weak):
+            for finding in check_distiller(stage.distiller, data, self.transforms[1], allow_weak_teacher=weak):
                 LOG.info("%s: %s", finding.what, finding.seen)
         facts = self.describe(stage)
         settings = {name: str(value) for name, value in {**vars(self.recipe), **self.augmentation, **self.settings}.items()}
@@ -153,13 +188,40 @@ class Session:
         }
         recipe = dataclasses.replace(self.recipe, epochs=stage.epochs)
         folder = self.folder / stage.name
-        loop = Loop(stage.distiller, self.data, self.transforms, self.preprocessing, recipe, folder, same, title=self.folder.name)
+        metric = self.metric_of(data)
+        loop = Loop(stage.distiller, data, self.transforms, self.preprocessing, recipe, folder, same, self.folder.name, metric)
         if self.resume:
             loop.load()
         if first:
             self.begin(facts)
         folder.mkdir(exist_ok=True)
         return loop
+
+    def data_of(self, stage: Stage) -> Data:
+        """What a stage learns from, for the task that it is judged by."""
+        if stage.task == "encode":
+            return self.unlabelled
+        return dataclasses.replace(self.data, task=stage.task) if stage.task else self.data  # type: ignore[arg-type]
+
+    def prepare(self, stage: Stage, data: Data) -> None:
+        """Lets the stage's distiller see the training set before anything is made of its parameters."""
+        device = PartialState(cpu=on_cpu()).device
+        stage.distiller.to(device)
+        batches = eval_batches(data.train, self.transforms[1], batch=self.recipe.batch, workers=self.recipe.workers)
+        with seeded(self.recipe.seed, "prepare", stage.name):
+            stage.distiller.prepare(on_device((images, targets), device) for _, images, targets in batches)
+
+    def metric_of(self, data: Data) -> Callable[..., Task]:
+        """What makes the metric that a stage is measured by."""
+        kind = tasks.find(data.task)
+        judged: dict[str, Any] = {"judge": self.judge} if kind.judged else {}
+        return functools.partial(kind, data.classes, **judged)
+
+    @functools.cached_property
+    def judge(self) -> nn.Module:
+        """A classifier of the same data, in whose eyes generated images are measured: the one that is named, or one trained here once."""
+        named = self.job["judge"] or str(trained_judge(self.folder.parent, self.job["data"], self.recipe.smoke))
+        return open_judge(named, self.data)
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Everything was opened and checked: from here on there is a folder."""
@@ -169,7 +231,9 @@ class Session:
                 if self.overwrite and self.folder.exists():
                     shutil.rmtree(self.folder)
                 self.folder.mkdir(parents=True, exist_ok=True)
-            write_settings(self.folder, {name: _plain(self.job[name]) for name in OWN} | settings)
+            named = {name: _plain(self.job.get(name)) for name in (*OWN, *self.others)}
+            of_few = {name for name in ("unlabelled", "judge") if named[name] is None}
+            write_settings(self.folder, {name: value for name, value in named.items() if name not in of_few} | settings)
             write_facts(self.folder, facts)
         self.facts = facts
         state.wait_for_everyone()
@@ -184,7 +248,7 @@ class Session:
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "seed": self.recipe.seed,
             "versions": versions(),
-            "hashes": {"teacher": weights_hash(self.teacher) if self.teacher is not None else None, "data": self.data.fingerprint},
+            "hashes": self.hashes(),
             "data": {
                 "name": self.data.name,
                 "classes": self.data.classes,
@@ -195,18 +259,26 @@ class Session:
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
+    def hashes(self) -> dict[str, str | None]:
+        """Of what must be the same when the run is taken up again."""
+        frozen = {name: network for name, network in self.others.items() if network is not None and name in self.distiller.frozen}
+        networks = {"teacher": self.teacher} | frozen
+        found = {name: weights_hash(network) if network is not None else None for name, network in networks.items()}
+        found["data"] = self.data.fingerprint
+        return found | ({"unlabelled": self.unlabelled.fingerprint} if self.job["unlabelled"] is not None else {})
+
     def finish(self, loop: Loop, metrics: dict[str, float]) -> None:
         """Keeps the student, trains the baseline if asked, compares, and writes the report."""
         main, kept = loop.accelerator.is_main_process, loop.kept
         self.facts["metrics"], self.facts["per_class"] = tasks.by_class(metrics)
         self.facts["alarms"] = loop.alarms
         if main:
-            save_student(kept, self.folder / "student")
+            keep(kept, self.folder)
         loop.accelerator.wait_for_everyone()
         if self.job["baseline"] and self.method != "scratch":
             self.train_baseline()
         if main:
-            self.facts |= results(self.folder, loop.distiller, kept, self.data, self.transforms[1], self.recipe, metrics, loop.accelerator)
+            self.facts |= results(self.folder, loop, metrics)
         self.end("finished")
         if main:
             write_report(self.folder)
@@ -215,7 +287,7 @@ class Session:
     def train_baseline(self) -> None:
         """The same student, recipe and seed without a teacher, in the folder `baseline`."""
         job = {
-            **{name: value for name, value in self.job.items() if name not in self.settings},
+            **{name: value for name, value in self.job.items() if name not in self.settings and name not in self.others},
             "method": "scratch",
             "baseline": False,
             "teacher": None,
@@ -238,7 +310,7 @@ def split_settings(method: str | type[Distiller], settings: dict[str, Any]) -> t
         UserError: for a name none of them knows, with the nearest one.
     """
     own = distillers.settings(method)
-    settings = {name: value for name, value in settings.items() if name not in OWN}
+    settings = {name: value for name, value in settings.items() if name not in OWN and name not in distillers.others(method)}
     for name in settings:
         if name not in NAMES | AUGMENTATION | set(own):
             known = [*own, *NAMES, *AUGMENTATION]
@@ -246,6 +318,7 @@ def split_settings(method: str | type[Distiller], settings: dict[str, Any]) -> t
                 f"'{name}' is no setting of {distillers.name_of(method)} or of the training{nearest(name, known)}; "
                 f"the method's own are {', '.join(own) or 'none'}"
             )
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}  # as before it was YAML
     recipe = Recipe(**{name: value for name, value in settings.items() if name in NAMES})
     augmentation = {name: value for name, value in settings.items() if name in AUGMENTATION}
     return recipe, augmentation, {name: settings.get(name, parameter.default) for name, parameter in own.items()}
@@ -259,6 +332,47 @@ def task_of_job(job: dict[str, Any]) -> TaskName | None:
         return job["task"]  # type: ignore[no-any-return]
     found = ("detect" if is_detector(student) else None) if isinstance(student, nn.Module) else task_of(student)
     return found if found in ("detect", "segment") else None
+
+
+def for_method(method: str | type[Distiller], data: Data, asked: str | None) -> Data:
+    """Images with class numbers, for the first task of the method that takes such, where it has nothing to do with classifying them."""
+    fitting = [task for task in distillers.find(method).tasks if task in OF_CLASSES]
+    if asked is not None or data.inputs != "images" or data.task not in OF_CLASSES or data.task in fitting or not fitting:
+        return data
+    return dataclasses.replace(data, task=fitting[0])  # type: ignore[arg-type]
+
+
+def keep(products: dict[str, nn.Module], folder: Path) -> None:
+    """Writes what a run leaves behind, each in a folder of its own: networks, and sets of data as they say themselves."""
+    for name, product in products.items():
+        if hasattr(product, "write"):
+            product.write(folder / name)  # type: ignore[operator]
+        else:
+            save_student(product, folder / name)
+
+
+def open_judge(named: str | nn.Module, data: Data) -> nn.Module:
+    """A classifier of these data, which does not learn."""
+    return open_model(named, **fit_of(dataclasses.replace(data, task="classify"))).requires_grad_(False).eval()
+
+
+def trained_judge(beside: Path, data: Any, smoke: bool) -> Path:
+    """The folder of a classifier of these data, trained once, for all runs in a folder.
+
+    Raises:
+        UserError: if the data were made in Python and have no name.
+    """
+    if not isinstance(data, str):
+        raise UserError("generated images are measured in the eyes of a classifier of the same data: name its run folder with --judge")
+    letters = "".join(letter if letter.isalnum() else "-" for letter in data)
+    folder = beside / f"judge-{letters}{'-smoke' if smoke else ''}"
+    if not (folder / "run.json").is_file() or status(folder) != "finished":
+        LOG.info("training a judge of '%s' in %s", data, folder)
+        recipe = {"batch": 64, "epochs": 20, "lr": 2e-3, "eval_every": 20, "trackers": "none", "smoke": smoke}
+        own: dict[str, Any] = {"method": "scratch", "student": "timm/test_resnet", "data": data, "task": "classify"}
+        own |= {"student_weights": "random", "allow_partial": False, "allow_weak_teacher": True, "baseline": False, "bad_data": "refuse"}
+        Session(folder, dict.fromkeys(OWN) | own | recipe, resume=(folder / "settings.yaml").is_file()).run()
+    return folder
 
 
 def refuse_other_task(method: str | type[Distiller], data: Data) -> None:
@@ -278,24 +392,35 @@ def refuse_other_task(method: str | type[Distiller], data: Data) -> None:
 
 def fit_of(data: Data) -> dict[str, Any]:
     """What the data ask of a network, as `open_model` wants to hear it. Classifiers know their own image size."""
-    size = {} if data.task == "classify" else {"image_size": data.size, "names": data.classes}
-    return {"classes": len(data.classes), "channels": data.channels, "task": data.task, **size}
+    named = {"names": data.classes} if data.task in DENSE else {}
+    size = {"image_size": data.size} if data.task in (*DENSE, "generate") else {}
+    return {"classes": len(data.classes), "channels": data.channels, "task": data.task, **named, **size}
 
 
 def transforms_of(preprocessing: Preprocessing, data: Data, augmentation: dict[str, Any]) -> tuple[Any, Any]:
     """The training and the evaluation transform."""
-    if data.task != "classify":
+    if data.inputs == "graphs":
+        from stillhouse.data.graphs import Graphs
+
+        return Graphs(), Graphs()
+    if data.task in DENSE:
         return dense_transforms(preprocessing, data, **augmentation)
+    if data.task == "regress":
+        if any(value for value in augmentation.values()):
+            raise UserError(f"the targets of '{data.name}' are those of images as they are: leave {', '.join(augmentation)} out")
+        as_it_is: dict[str, Any] = {"hflip": 0.0, "crop_scale": (1.0, 1.0), "auto_augment": "", "random_erasing": 0.0}
+        return train_transform(preprocessing, data, **as_it_is), eval_transform(preprocessing, data)
     return train_transform(preprocessing, data, **augmentation), eval_transform(preprocessing, data)
 
 
 def open_student(spec: str | nn.Module, data: Data, weights: str, allow_partial: bool, seed: int) -> nn.Module:
     """The student with a head that fits the data. With random weights it takes images normalised by the data's own mean and std."""
     student = open_model(spec, **fit_of(data), weights=weights, allow_partial=allow_partial, seed=seed, new_head=True)
-    normalises_itself = data.task == "detect"
+    normalises_itself = data.task == "detect" or data.inputs == "graphs"
     if weights == "random" and isinstance(spec, str) and student.stillhouse["weights"] == "random" and not normalises_itself:  # type: ignore[index]
         own = preprocessing_of(student)
         size = own.size if own and hasattr(student, "patch_embed") else getattr(getattr(student, "config", None), "image_size", None)
+        size = int(student.shape[-1]) if data.task == "generate" else size  # type: ignore[index, arg-type]  # what it makes
         set_preprocessing(student, Preprocessing(data.mean, data.std, size or data.size or (own.size if own else None) or SIZES[data.task]))
     return student
 
@@ -303,10 +428,10 @@ def open_student(spec: str | nn.Module, data: Data, weights: str, allow_partial:
 def input_of(student: nn.Module, data: Data) -> Preprocessing:
     """What the data's images are made into: what the student was trained with, or the data's own statistics."""
     known = preprocessing_of(student)
-    if data.task == "detect":
+    if data.task == "detect" or data.inputs == "graphs":
         return known or Preprocessing((0.0,) * data.channels, (1.0,) * data.channels, None)
     known = known or Preprocessing(data.mean, data.std, data.size or SIZES[data.task])
-    return known if known.size or data.task == "classify" else dataclasses.replace(known, size=data.size or SIZES[data.task])
+    return known if known.size or data.task not in DENSE else dataclasses.replace(known, size=data.size or SIZES[data.task])
 
 
 def student_so_far(folder: Path) -> None:
@@ -334,7 +459,8 @@ def student_so_far(folder: Path) -> None:
         raise UserError(f"the run in {folder} was begun in Python with objects that no file names; finish it with resume=True there")
     data = open_data(job["data"], seed=job["seed"], bad_data="skip", task=facts.get("task"))
     student = open_student(job["student"], data, job["student_weights"], job["allow_partial"], job["seed"])
-    student.load_state_dict(parts.get("ema", own))
+    averaged = {name.removeprefix("student."): value for name, value in parts.get("ema", {}).items() if name.startswith("student.")}
+    student.load_state_dict(averaged or own)
     shutil.rmtree(folder / "student", ignore_errors=True)
     save_student(student, folder / "student")
 
@@ -350,7 +476,8 @@ def versions() -> dict[str, str]:
     }
 
 
-SIZES = {"classify": 224, "segment": 512}
+DENSE = ("detect", "segment")
+SIZES = {"classify": 224, "encode": 224, "regress": 224, "generate": 32, "segment": 512}
 """The side of the images, in pixels, where neither data nor network name one."""
 
 

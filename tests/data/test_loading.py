@@ -15,9 +15,11 @@ from torch.utils.data import Dataset
 
 from stillhouse.data import Data, open_data
 from stillhouse.data.arrays import Arrays
+from stillhouse.data.dense_transforms import dense_transforms
 from stillhouse.data.loading import TrainBatches, eval_batches, mixing, train_batches
 from stillhouse.data.transforms import Transform, train_transform
 from stillhouse.errors import UserError
+from stillhouse.models.preprocessing import Preprocessing
 
 FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later warn of forks beside threads
 
@@ -252,3 +254,13 @@ def test_mixing_out_of_range_is_refused() -> None:
     mix.mode = "elem"
     with pytest.raises(UserError, match="mode is 'elem', expected 'batch'"):
         TrainBatches(*numbered(40), batch=8, seed=0, mix=mix)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_is_wrong_far_behind_the_first_is_named(workers: int) -> None:
+    image, good = torch.zeros(3, 8, 8, dtype=torch.uint8), {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.tensor([1])}
+    samples: Any = [(image, good)] * 5 + [(image, good | {"labels": torch.tensor([4])})]
+    data = Data("own", samples, samples[:1], ["a", "b", "c"], task="detect")
+    transform = dense_transforms(Preprocessing((0.0,) * 3, (1.0,) * 3), data)[1]
+    with pytest.raises(UserError, match=r"sample 5 of the data has the labels \[4\], expected 1 to 3"):
+        list(eval_batches(data.train, transform, batch=2, workers=workers, wrong=data.wrong))

@@ -14,11 +14,14 @@ from torch import Tensor, distributed, multiprocessing
 
 from stillhouse.distillers.base import Distiller
 from stillhouse.distillers.classics.fitnet import FitNet
+from stillhouse.distillers.dense.acam_kd import ACAMKD
 from stillhouse.distillers.supervised.masked_kd import MaskedKD
 from stillhouse.randomness import samples
-from tests.conftest import images, labels, tiny
+from tests.conftest import boxes, images, labels, masks, tiny, tiny_detector, tiny_segmenter
 
-STEPS, BATCH, RATE = 2, 8, 0.1
+STEPS, BATCH = 2, 8
+RATES = {"segment": 1e-2, "detect": 1e-3}
+"""Of the steps; 0.1 where nothing is said."""
 
 
 def methods() -> dict[str, Distiller]:
@@ -28,25 +31,35 @@ def methods() -> dict[str, Distiller]:
         "soft": MaskedKD(tiny(**student), tiny(**teacher), keep=5, temperature=2.0, hint=1.0),
         "random": MaskedKD(tiny(**student), tiny(**teacher), keep=5, by="random", targets="hard"),
         "hints": FitNet(tiny(**student), tiny(**teacher), beta=1.0),
+        "segment": ACAMKD(tiny_segmenter(1), tiny_segmenter(2, width=16)),
+        "detect": ACAMKD(tiny_detector(1), tiny_detector(2, width=16)),
     }
 
 
-def train(distiller: Distiller, call: Any, shard: int, shards: int) -> dict[str, Tensor]:
+def batch(name: str, step: int, part: slice) -> tuple[Any, Any]:
+    """Images and what is true of them, for one of `methods`."""
+    pictures = images(BATCH, seed=step)[part]
+    if name == "detect":
+        return list(pictures.sigmoid()), boxes(BATCH, seed=step)[part]
+    return pictures, (masks if name == "segment" else labels)(BATCH, seed=step)[part]
+
+
+def train(name: str, distiller: Distiller, call: Any, shard: int, shards: int) -> dict[str, Tensor]:
     """Two plain steps on this shard of the batch; the gradients of the first and the weights after the last."""
     found = {}
     part = slice(shard * BATCH // shards, (shard + 1) * BATCH // shards)
     for step in range(STEPS):
         with samples(0, step, torch.arange(BATCH)[part]):
-            terms = call((images(BATCH, seed=step)[part], labels(BATCH, seed=step)[part]))
+            terms = call(batch(name, step, part))
         sum(terms.values()).backward()
         with torch.no_grad():
-            for name, parameter in distiller.named_parameters():
+            for key, parameter in distiller.named_parameters():
                 if parameter.grad is not None:
                     if step == 0:
-                        found[f"gradient of {name}"] = parameter.grad.clone()
-                    parameter -= RATE * parameter.grad
+                        found[f"gradient of {key}"] = parameter.grad.clone()
+                    parameter -= RATES.get(name, 0.1) * parameter.grad
                     parameter.grad = None
-    return found | {name: value for name, value in distiller.state_dict().items() if name != "_extra_state"}
+    return found | {key: value for key, value in distiller.state_dict().items() if key != "_extra_state"}
 
 
 def work(rank: int, port: int, folder: str) -> None:
@@ -55,7 +68,7 @@ def work(rank: int, port: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name, distiller in methods().items():
         wrapped = torch.nn.parallel.DistributedDataParallel(distiller.train())
-        found = train(distiller, wrapped, rank, 2)
+        found = train(name, distiller, wrapped, rank, 2)
         assert not [key for key in wrapped.state_dict() if "teacher" in key]
         wrapped.load_state_dict(wrapped.state_dict())
         save_file(found, f"{folder}/{name}-{rank}.safetensors")
@@ -72,10 +85,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["soft", "random", "hints"])
+@pytest.mark.parametrize("name", ["soft", "random", "hints", "segment", "detect"])
 def test_two_processes_are_one(folder: Path, name: str) -> None:
     distiller = methods()[name].train()
-    whole = train(distiller, distiller, 0, 1)
+    whole = train(name, distiller, distiller, 0, 1)
     for rank in range(2):
         half = load_file(folder / f"{name}-{rank}.safetensors")
         assert half.keys() == whole.keys()

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stillhouse.errors import UserError
-from stillhouse.models.levels import Align, Levels, default_place
+from stillhouse.models.levels import Align, Levels, OneMap, default_place
 from tests.conftest import CLASSES, SIDE, images, tiny, tiny_detector, tiny_segmenter
 
 
@@ -134,3 +134,39 @@ def test_align_brings_channels_and_grid() -> None:
 def test_levels_must_pair() -> None:
     with pytest.raises(UserError, match=r"the student has 2 level\(s\) and the teacher 3"):
         Align([8, 8], [8, 8, 8])
+
+
+class Encoding(nn.Module):
+    """An encoder as segmentation-models-pytorch's: the image, a level that is empty, and two of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: list[Tensor] = self.encoder(images)
+        return maps[-1]
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 4, 4), nn.Conv2d(6, 9, 2, 2)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        first = self.first(images)
+        return [images, images.new_zeros(len(images), 0, 16, 16), first, self.last(first)]
+
+
+def test_one_map_of_several_is_the_first_or_the_last_of_the_encoders_own() -> None:
+    network = Encoding()
+    first, last = OneMap(network, "backbone", 0), OneMap(network, "backbone", -1)
+    assert (first.channels, last.channels) == (6, 9)
+    output = network(torch.randn(2, 3, 32, 32))
+    assert torch.equal(last.take(), output)
+    taken = first.take()
+    assert taken.shape == (2, 6, 8, 8)
+    assert taken.requires_grad
+    with pytest.raises(RuntimeError, match="has not run since"):
+        first.take()
+    assert OneMap(network, "encoder.first", -1).channels == 6

@@ -21,6 +21,7 @@ from stillhouse.models.weights import weights_hash
 DEEPLAB = "torchvision/deeplabv3:backbone=timm/test_resnet,channels=8"
 FCN = "torchvision/fcn:backbone=timm/test_resnet,aux=true"
 LRASPP = "torchvision/lraspp:backbone=mobilenet_v3_small,channels=8"
+VIT = "backbone=timm/vit_tiny_patch16_224,patch_size=8,embed_dim=32,depth=3,num_heads=2"
 UNET = "smp/unet:encoder=timm/test_resnet,encoder_depth=3,decoder_channels=(16,8,8)"
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), None, "bilinear")
 
@@ -45,6 +46,12 @@ def images(channels: int = 3) -> torch.Tensor:
         "torchvision/fcn:backbone=shufflenet_v2_x0_5,stride=32",
         "torchvision/lraspp:backbone=timm/test_resnet,stride=8",
         "torchvision/lraspp_mobilenet_v3_large",
+        "torchvision/fcn:backbone=timm/resnet10t,stem_width=8,stride=8",
+        f"torchvision/fcn:{VIT}",
+        f"torchvision/fcn:{VIT},aux=true",
+        f"torchvision/deeplabv3:{VIT},channels=8",
+        f"torchvision/lraspp:{VIT},channels=8",
+        "torchvision/fcn:backbone=timm/eva02_tiny_patch14_224,patch_size=16,depth=1,embed_dim=48,num_heads=2,img_size=64",
         "smp/PSPNet:encoder=resnet18,psp_out_channels=8",
         "smp/deeplabv3plus:encoder=mobilenet_v2,decoder_channels=8",
         "smp/fpn:encoder=timm/test_resnet,decoder_pyramid_channels=8,decoder_segmentation_channels=32",
@@ -112,9 +119,41 @@ def test_dilated_convolutions_see_what_strided_ones_saw() -> None:
     torch.testing.assert_close(many[..., ::2, ::2], few, rtol=1e-4, atol=1e-5)
 
 
+def test_a_vision_transformer_shows_all_its_blocks_and_takes_other_sizes() -> None:
+    network = segmenter(f"torchvision/fcn:{VIT},aux=true", image_size=32).eval()
+    options = network.stillhouse["options"]
+    assert (options["img_size"], options["stride"], options["depth"]) == (32, 8, 3), "what builds it again, whatever the images"
+    seen: dict[int, torch.Tensor] = {}
+    for number, block in enumerate(network.backbone.blocks):
+        block.register_forward_hook(lambda module, inputs, output, number=number: seen.update({number: output}))
+    with torch.no_grad():
+        maps = network.backbone(torch.rand(1, 3, 32, 48))
+    assert [tuple(each.shape) for each in seen.values()] == [(1, 32, 4, 6)] * 3
+    assert list(maps) == ["aux", "out"]
+    assert torch.equal(maps["out"], seen[2])
+    assert torch.equal(maps["aux"], seen[0])
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    with pytest.raises(UserError, match="takes sides that its patches of 8 pixels divide, and got 32 x 44"):
+        network(torch.rand(1, 3, 32, 44))
+
+
+def test_the_maps_of_a_vision_transformer_are_timms() -> None:
+    network = segmenter(f"torchvision/fcn:{VIT}", image_size=64).eval()
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0).eval()
+    own = {key.removeprefix("backbone.network.model."): value for key, value in network.state_dict().items()}
+    plain.load_state_dict({key: value for key, value in own.items() if key in plain.state_dict()}, strict=False)
+    with torch.no_grad():
+        expected = plain.forward_intermediates(images(), intermediates_only=True)[-1]
+        torch.testing.assert_close(network.backbone(images())["out"], expected)
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
+        (f"torchvision/fcn:{VIT},stride=16", "asks for stride 16, but the patches of 'timm/vit_tiny_patch16_224' have a side of 8"),
+        (f"torchvision/fcn:{VIT},dept=3", "network 'fcn' has no option 'dept'"),
+        (f"torchvision/fcn:{VIT},features_only=true", "option 'features_only' of"),
+        ("torchvision/fcn:backbone=timm/beit_base_patch16_224", "takes images of one size only"),
         ("torchvision/deeplabv3_resnet5", "did you mean 'deeplabv3_resnet50'?"),
         ("torchvision/deeplabv3:backbone=resnet19", "did you mean 'resnet18'?"),
         ("torchvision/deeplabv3:backbone=vgg11,stride=16", "expected [1, C, 4, 4] at stride 16"),
@@ -137,7 +176,10 @@ def test_dilated_convolutions_see_what_strided_ones_saw() -> None:
         ("smp/unet:aux_params={'classes':2}", "has no option 'aux_params'"),
         ("timm/resnet18", "as in torchvision/deeplabv3:backbone=timm/resnet18 or torchvision/lraspp:backbone=timm/resnet18"),
         ("torchvision/fcos", "is there to detect images, and what is asked for is to segment"),
-        ("transformers/segformer", "name smp/segformer"),
+        ("transformers/segfomer", "did you mean 'segformer'?"),
+        ("transformers/nvidia/mit-b0", "a published one is made in Python and passed"),
+        ("transformers/segformer:depts=(1,1)", "did you mean 'depths'?"),
+        ("transformers/segformer:id2label={'0':'x'}", "option 'id2label' of"),
     ],
 )
 def test_what_cannot_be_is_named(spec: str, words: str) -> None:
@@ -168,7 +210,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         segmenter(UNET)
 
 
-@pytest.mark.parametrize("spec", [DEEPLAB, FCN, LRASPP, UNET])
+@pytest.mark.parametrize("spec", [DEEPLAB, FCN, LRASPP, UNET, f"torchvision/fcn:{VIT},aux=true,img_size=32"])
 def test_what_is_saved_opens_bit_equal(tmp_path: Path, spec: str) -> None:
     network = segmenter(spec, names=["sky", "sea", "land"], seed=3)
     network(images())  # moves the statistics
@@ -247,3 +289,19 @@ def test_no_network_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     for spec in ("torchvision/lraspp_mobilenet_v3_large", "torchvision/lraspp"):
         with pytest.raises(UserError, match="no network, or no such weights"):
             segmenter(spec, weights="pretrained", new_head=True)
+
+
+SEGFORMER = "transformers/segformer:hidden_sizes=(8,16,16,32),depths=(1,1,1,1),num_attention_heads=(1,2,2,2),decoder_hidden_size=16"
+
+
+def test_a_kind_of_transformers_is_made_by_name_and_opens_again(tmp_path: Path) -> None:
+    network, again, other = (segmenter(SEGFORMER, seed=seed) for seed in (0, 0, 1))
+    assert weights_hash(network) == weights_hash(again) != weights_hash(other)
+    assert network.training
+    assert logits_of(network(images())).shape == (2, 3, 16, 16)
+    save_student(network, tmp_path / "student")
+    opened = load_student(tmp_path)
+    assert weights_hash(opened) == weights_hash(network)
+    assert torch.equal(logits_of(opened.eval()(images())), logits_of(network.eval()(images())))
+    with pytest.raises(UserError, match="is a kind of network and has no published weights"):
+        segmenter(SEGFORMER, weights="pretrained")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy, multiclass_calibration_error
 
 from stillhouse.errors import UserError
 from stillhouse.tasks.classify import Classify
@@ -52,6 +52,8 @@ def test_values_are_torchmetrics_own_in_any_batches(count: int, classes: int, se
         pieces.update(student[part], labels[part], teacher[part])
     result = whole.compute()
     assert pieces.compute() == pytest.approx(result, abs=1e-5)
+    assert ("auroc" in result) == (classes == 2)
+    result.pop("auroc", None)
     top5 = multiclass_accuracy(student, labels, classes, average="micro", top_k=min(5, classes))
     expected = {
         "top1": multiclass_accuracy(student, labels, classes, average="micro"),
@@ -62,6 +64,24 @@ def test_values_are_torchmetrics_own_in_any_batches(count: int, classes: int, se
         "teacher_top1": multiclass_accuracy(teacher, labels, classes, average="micro"),
     }
     assert result == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 20.0])
+def test_auroc_of_two_classes(spread: float) -> None:
+    student, labels, _ = batch(2000, 2)
+    student[:, 1] += labels
+    metric = Classify(names(2))
+    for part in torch.arange(2000).split(300):
+        metric.update(spread * student[part], labels[part])
+    assert metric.compute()["auroc"] == pytest.approx(
+        binary_auroc((student[:, 1] - student[:, 0]).double().sigmoid(), labels).item(), abs=2e-3
+    )
+    one = Classify(names(2))
+    one.update(student[labels == 0], labels[labels == 0])
+    assert one.compute()["auroc"] == 0.5
+    three = Classify(names(2))
+    three.update(torch.tensor([[1.0, 0], [0, 1.0], [0.5, 0.5], [0.5, 0.5]]), torch.tensor([0, 1, 0, 1]))
+    assert three.compute()["auroc"] == (1 + 1 + 1 + 0.5) / 4
 
 
 def test_a_certain_and_right_student_is_perfect() -> None:

@@ -101,7 +101,7 @@ def test_the_moving_average_is_the_written_one_and_is_what_is_kept(tmp_path: Pat
     run = loop(learner, tmp_path, ema=0.6)
     run.run()
     assert torch.equal(learner.student.head.weight, expected["student.head.weight"])
-    kept = weights(run.kept)
+    kept = weights(run.kept["student"])
     assert not torch.equal(kept["head.weight"], learner.student.head.weight)
     assert kept.keys() == average.keys()
     for name, value in average.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from stillhouse import distillers
 from stillhouse.interrupted import Interrupted
@@ -43,7 +44,7 @@ def held(make: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, stops: tuple[
     assert resumed.step == stops[-1]
     assert resumed.run() == metrics
     assert_equal(weights(learner), weights(whole))
-    assert_equal(weights(resumed.kept), weights(uninterrupted.kept))
+    assert_equal(weights(nn.ModuleDict(resumed.kept)), weights(nn.ModuleDict(uninterrupted.kept)))
     for name in ("train.csv", "val.csv", "watch.csv"):
         ends = [folder / part / name for part in ("whole", "stopped")]
         assert len({end.read_bytes() if end.exists() else b"" for end in ends}) == 1, name

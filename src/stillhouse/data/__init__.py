@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +20,15 @@ from stillhouse.errors import UserError, nearest
 
 BadData = Literal["refuse", "skip"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TaskName = Literal["classify", "detect", "segment"]
+TaskName = Literal["classify", "detect", "segment", "encode", "generate", "regress"]
+OF_CLASSES = ("classify", "encode", "generate")
+"""The tasks that take images with class numbers: to name them, to be told apart without learning them, to be made."""
 IGNORED = 255
 """The value of a mask's pixels that nobody is judged by."""
 FORMS = {
     **{"digits": "digits", "fashion-mnist": "fashion-mnist", "imagefolder": "imagefolder:DIR", "hf": "hf:DIR_OR_NAME"},
     **{"scenes": "scenes", "coco": "coco:DIR", "voc": "voc:DIR", "masks": "masks:DIR", "cityscapes": "cityscapes:DIR"},
-    **{"deepforest": "deepforest", "histolytics": "histolytics"},
+    **{"deepforest": "deepforest", "histolytics": "histolytics", "contexts": "contexts", "motifs": "motifs", "b3db": "b3db"},
 }
 
 
@@ -37,7 +41,11 @@ class Data:
     - `classify`: a class number in [0, K);
     - `detect`: {"boxes": float [n, 4] as x1, y1, x2, y2 in pixels, "labels": long [n] in 1..K, 0 being torchvision's background}, and if
       some are crowds that count neither way "iscrowd": bool [n]; n may be 0;
-    - `segment`: a mask of class numbers in [0, K), uint8 [H, W], 255 where nobody is judged.
+    - `segment`: a mask of class numbers in [0, K), uint8 [H, W], 255 where nobody is judged;
+    - `encode`, `generate`: a class number, from which an encoder does not learn; it says what an image is to be an image of;
+    - `regress`: what a network is to answer, floats [K].
+
+    With `inputs="graphs"` there is a graph of torch-geometric's in place of the image.
 
     Example:
         >>> from torchvision.datasets import CIFAR10
@@ -47,6 +55,7 @@ class Data:
     Attributes:
         classes: their names; in detection without the background.
         task: what a student is to say of an image.
+        inputs: images or graphs. Of graphs `channels` is the number of kinds of nodes.
         size: the images' side in pixels, None if it varies.
         mean, std: of the channels, for pixels in [0, 1]. By default ImageNet's for three channels, one half for any other number.
         skipped: the bad files that were left out, each with what is wrong with it.
@@ -67,6 +76,7 @@ class Data:
     skipped: list[str] = field(default_factory=list)
     fingerprint: str = ""
     task: TaskName = "classify"
+    inputs: Literal["images", "graphs"] = "images"
 
     def __post_init__(self) -> None:
         known = (IMAGENET_MEAN, IMAGENET_STD) if self.channels == 3 else ((0.5,) * self.channels,) * 2
@@ -74,9 +84,9 @@ class Data:
         defaults = {"mean": known[0], "std": known[1], "fingerprint": hashlib.sha256(facts.encode()).hexdigest()}
         for name, value in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or value)
-        if len(self.classes) < (1 if self.task == "detect" else 2):
-            least = "one" if self.task == "detect" else "two"
-            raise UserError(f"data '{self.name}' has the classes {self.classes}, expected at least {least}")
+        least = 2 if self.task in ("classify", "segment") else 1
+        if len(self.classes) < least:
+            raise UserError(f"data '{self.name}' has the classes {self.classes}, expected at least {'two' if least == 2 else 'one'}")
         for part in ("train", "val"):
             self._look_at_first(part)
 
@@ -88,7 +98,9 @@ class Data:
         if not isinstance(sample, (tuple, list)) or len(sample) != 2:
             raise UserError(f"the {part} set of '{self.name}' gives a {type(sample).__name__}, expected a pair (image, label)")
         image, label = sample
-        if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
+        if self.inputs == "graphs":
+            pass  # what they are is known where they are put together
+        elif isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
             if image.shape[0] != self.channels:
                 raise UserError(f"the {part} set of '{self.name}' has {image.shape[0]} channels, expected {self.channels}: say channels=…")
         elif not isinstance(image, Image.Image):
@@ -97,9 +109,14 @@ class Data:
                 f"the {part} set of '{self.name}' gives images as {kind}, expected PIL images or uint8 tensors [C, H, W]; "
                 "leave its transforms out: images are resized, augmented and normalised afterwards"
             )
-        wrong = _WRONG[self.task](label, len(self.classes))
+        wrong = self.wrong(label)
         if wrong:
             raise UserError(f"the {part} set of '{self.name}' has {wrong}")
+
+    @property
+    def wrong(self) -> Callable[[Any], str]:
+        """Says what is wrong with a sample's target, "" if nothing is; every sample that is read is asked."""
+        return partial(_WRONG[self.task], classes=len(self.classes))
 
 
 def _wrong_label(label: Any, classes: int) -> str:
@@ -125,11 +142,23 @@ def _wrong_boxes(target: Any, classes: int) -> str:
 def _wrong_mask(mask: Any, classes: int) -> str:
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype.is_floating_point:
         return f"a {type(mask).__name__} as mask, expected class numbers, uint8 [H, W]"
+    if not (((mask >= classes) | (mask < 0)) & (mask != IGNORED)).any():
+        return ""
     unknown = sorted(set(mask.unique().tolist()) - set(range(classes)) - {IGNORED})
     return f"the mask values {unknown}, expected 0 to {classes - 1}, or {IGNORED} where nobody is judged" if unknown else ""
 
 
-_WRONG = {"classify": _wrong_label, "detect": _wrong_boxes, "segment": _wrong_mask}
+def _wrong_floats(target: Any, classes: int) -> str:
+    if not isinstance(target, Tensor) or not target.dtype.is_floating_point or target.shape != (classes,):
+        kind = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+        return f"{kind} as target, expected floats [{classes}], one for each of `classes`"
+    return "" if target.isfinite().all() else "a target that is NaN or infinite, expected finite numbers"
+
+
+_WRONG = {
+    **dict.fromkeys(OF_CLASSES, _wrong_label),
+    **{"detect": _wrong_boxes, "segment": _wrong_mask, "regress": _wrong_floats},
+}
 
 
 def _length(dataset: Any) -> int:
@@ -145,8 +174,9 @@ def open_data(spec: str | Data, *, seed: int = 0, bad_data: BadData = "refuse", 
     """Open a data set by its spec; a `Data` passes through.
 
     To classify: `digits`, `fashion-mnist`, `imagefolder:DIR`, `hf:DIR_OR_NAME`. To detect: `coco:DIR`, `voc:DIR`, `deepforest`. To segment:
-    `masks:DIR`, `cityscapes:DIR`, `histolytics`. To do either of the last two: `scenes`. Each takes options after a colon:
-    `digits:canvas=16,clutter=2,train=300`, `scenes:size=64,task=segment`, `imagefolder:DIR:val=0.1` (see the modules of this package).
+    `masks:DIR`, `cityscapes:DIR`, `histolytics`, `contexts`. To do either of the last two: `scenes`. Graphs to classify: `motifs`, `b3db`.
+    What is there to classify can also be encoded or generated. A run whose product is a data set: its folder. Each takes options after a
+    colon: `digits:canvas=16,clutter=2,train=300`, `scenes:size=64,task=segment`, `imagefolder:DIR:val=0.1` (see this package's modules).
 
     Args:
         seed: picks the subset that `train=N` leaves, and what generated sets draw. Never the split into train and val, nor the
@@ -162,6 +192,8 @@ def open_data(spec: str | Data, *, seed: int = 0, bad_data: BadData = "refuse", 
     if task is not None and task not in _WRONG:
         raise UserError(f"there is no task '{task}'{nearest(task, _WRONG)}; expected {', '.join(_WRONG)}")
     data = spec if isinstance(spec, Data) else _open(spec, seed, bad_data, task)
+    if task in OF_CLASSES and data.task in OF_CLASSES:
+        data = data if task == data.task else replace(data, task=task)
     if task is not None and data.task != task:
         raise UserError(f"the data '{data.name}' are to {data.task}, not to {task}: leave --task out or name other data")
     return data
@@ -169,6 +201,10 @@ def open_data(spec: str | Data, *, seed: int = 0, bad_data: BadData = "refuse", 
 
 def _open(spec: str, seed: int, bad_data: BadData, task: TaskName | None) -> Data:
     source, _, rest = spec.partition(":")
+    if Path(spec, "data").is_dir():
+        from stillhouse.data.condensed import open_condensed
+
+        return open_condensed(Path(spec))
     if source not in FORMS:
         hint = f", did you mean 'imagefolder:{spec}'?" if Path(spec).is_dir() else nearest(source, FORMS)
         raise UserError(f"unknown data set '{spec}'{hint or ':'} expected one of {', '.join(FORMS.values())}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 
-class Arrays(Dataset[tuple[Tensor, int]]):
-    """Images uint8 [N, C, H, W] and labels long [N]."""
+class Arrays(Dataset[tuple[Tensor, Any]]):
+    """Images uint8 [N, C, H, W], or floats with 1 for white, and class numbers long [N], or floats [N, D]."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -18,11 +19,11 @@ class Arrays(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.images[i], int(self.labels[i])
+    def __getitem__(self, i: int) -> tuple[Tensor, Any]:
+        return self.images[i], self.labels[i] if self.labels.is_floating_point() else int(self.labels[i])
 
     def draw_batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """The images uint8 [b, C, H, W] and labels [b] of these samples, the same in every epoch."""
+        """The images [b, C, H, W] and labels of these samples, the same in every epoch."""
         return self.images[ids], self.labels[ids]
 
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from stillhouse.data.dense_transforms import WithBoxes, WithMask
-from stillhouse.data.transforms import Normalise, Transform
+from stillhouse.data.transforms import Normalise, PerImage, Transform
 from stillhouse.errors import UserError
 from stillhouse.randomness import seed_from, seeded
 
 TrainBatch = tuple[int, Tensor, Any, Any]
-AnyTransform = Transform | WithBoxes | WithMask
+
+
+class Together(Protocol):
+    """A transform of samples and their targets, and how they become a batch."""
+
+    def __call__(self, sample: Any, target: Any) -> tuple[Any, Any]:
+        """One of them."""
+        ...
+
+    def together(self, samples: list[Any], targets: list[Any]) -> tuple[Any, Any]:
+        """A batch of them."""
+        ...
+
+
+AnyTransform = Transform | Together
 Place = tuple[int, int, Tensor]  # epoch, step in it, sample ids [b]
 
 
@@ -62,6 +75,7 @@ class TrainBatches:
             takes batches.
         transform: of `transforms.train_transform`.
         mix: of `mixing`; timm's Mixup in mode "batch".
+        wrong: what is wrong with a sample's target, "" if nothing is; `Data.wrong`.
 
     Raises:
         UserError: if the set is smaller than a batch, or the batch does not divide.
@@ -78,6 +92,7 @@ class TrainBatches:
         shard: int = 0,
         workers: int = 0,
         mix: Mixup | None = None,
+        wrong: Callable[[Any], str] | None = None,
     ) -> None:
         length, pairs = len(dataset), mix is not None and mix.mixup_enabled  # type: ignore[arg-type]  # Dataset declares no length
         if batch < 1 or workers < 0 or not 0 <= shard < shards:
@@ -92,7 +107,7 @@ class TrainBatches:
         if mix is not None and mix.mode != "batch":
             raise UserError(f"mixup's mode is '{mix.mode}', expected 'batch': the others would depend on the number of processes")
         self._sampler = _Places(length, batch, seed, _slots(batch, shards, shard, pairs))
-        self._loader = _loader(_Batches(dataset, transform, seed, mix), self._sampler, workers, keep=True)
+        self._loader = _loader(_Batches(dataset, transform, seed, mix, wrong), self._sampler, workers, keep=True)
 
     def __len__(self) -> int:
         """Steps an epoch."""
@@ -132,7 +147,14 @@ def train_batches(
 
 
 def eval_batches(
-    dataset: Dataset[Any], transform: AnyTransform, *, batch: int, workers: int = 0, shards: int = 1, shard: int = 0
+    dataset: Dataset[Any],
+    transform: AnyTransform,
+    *,
+    batch: int,
+    workers: int = 0,
+    shards: int = 1,
+    shard: int = 0,
+    wrong: Callable[[Any], str] | None = None,
 ) -> Iterator[tuple[Tensor, Any, Any]]:
     """(ids long [b], images, targets as `TrainBatches` gives them) of every sample once, in order; shard r of S takes samples r, r + S, …
 
@@ -141,7 +163,7 @@ def eval_batches(
     """
     ids = torch.arange(len(dataset))[shard::shards]  # type: ignore[arg-type]
     places = [(0, step, part) for step, part in enumerate(ids.split(batch))] if len(ids) else []
-    loader = _loader(_Batches(dataset, transform, 0, None), places, workers, keep=False)
+    loader = _loader(_Batches(dataset, transform, 0, None, wrong), places, workers, keep=False)
     for _, some, images, labels in _raising(iter(loader)):
         yield some, images, labels
 
@@ -173,8 +195,10 @@ def _slots(batch: int, shards: int, shard: int, pairs: bool) -> Tensor:
 class _Batches(Dataset[TrainBatch | UserError]):
     """Whole batches by their place, so that workers need no state."""
 
-    def __init__(self, dataset: Dataset[Any], transform: AnyTransform, seed: int, mix: Mixup | None) -> None:
-        self.dataset, self.transform, self.seed, self.mix = dataset, transform, seed, mix
+    def __init__(
+        self, dataset: Dataset[Any], transform: AnyTransform, seed: int, mix: Mixup | None, wrong: Callable[[Any], str] | None = None
+    ) -> None:
+        self.dataset, self.transform, self.seed, self.mix, self.wrong = dataset, transform, seed, mix, wrong
 
     def __getitem__(self, place: Place) -> TrainBatch | UserError:
         try:
@@ -198,16 +222,19 @@ class _Batches(Dataset[TrainBatch | UserError]):
             return self.transform(images), labels
         samples = [self._sample(i, epoch) for i in ids.tolist()]
         images, targets = [image for image, _ in samples], [target for _, target in samples]
-        if isinstance(self.transform, (WithBoxes, WithMask)):
+        if not isinstance(self.transform, (Normalise, PerImage)):
             return self.transform.together(images, targets)
-        return torch.stack(images), torch.tensor(targets)
+        return torch.stack(images), torch.stack(targets) if isinstance(targets[0], Tensor) else torch.tensor(targets)
 
     def _sample(self, i: int, epoch: int) -> tuple[Tensor, Any]:
         with seeded(self.seed, "augment", epoch, i):
             image, target = self.dataset.draw(i, epoch) if hasattr(self.dataset, "draw") else self.dataset[i]
-            if isinstance(self.transform, (WithBoxes, WithMask)):
+            fault = self.wrong(target) if self.wrong is not None else ""
+            if fault:
+                raise UserError(f"sample {i} of the data has {fault}")
+            if not isinstance(self.transform, (Normalise, PerImage)):
                 return self.transform(image, target)
-            return self.transform(image), int(target)
+            return self.transform(image), target if isinstance(target, Tensor) and target.is_floating_point() else int(target)
 
 
 def _loader(items: _Batches, places: Any, workers: int, keep: bool) -> DataLoader[TrainBatch | UserError]:

@@ -136,7 +136,7 @@ def mask_data(
     `faults` are what the reader has found already. Which masks are read here is said at `open_masks`.
 
     Raises:
-        UserError: if anything is wrong (unless `bad_data` is "skip"), or nothing is left.
+        UserError: if anything is wrong (unless `bad_data` is "skip"), or nothing is left of a part that counts.
     """
     faults, usable, sizes = list(faults), [], set()
     for pairs in parts:
@@ -149,6 +149,9 @@ def mask_data(
     refuse_faults(faults, root, bad_data)
     train, val = (MaskFiles(root, pairs, numbers) for pairs in two_parts(usable, share, root))
     refuse_shared([pair.image for pair in train.pairs], [pair.image for pair in val.pairs], root)
+    for part, purpose in ((train, "train"), (val, "validate")):
+        if not any((part[i][1] != IGNORED).any() for i in range(len(part))):  # as a rule the first mask settles it
+            raise UserError(f"the masks of '{root}' to {purpose} with have no pixel that counts, expected class numbers beside {IGNORED}")
     facts = [[(file, os.path.getsize(root / file)) for pair in files.pairs for file in pair] for files in (train, val)]
     return Data(
         name=name,

@@ -24,7 +24,7 @@ CROP_SHARE = 0.875  # of the shorter side, what validation looks at in large ima
 
 class Normalise:
     """uint8 images [..., C, H, W] to floats [..., C, size, size], whole batches at once: resized (antialiased) if they must be, then
-    (x / 255 - mean) / std.
+    (x / 255 - mean) / std. Of floats 1 is white, not 255.
     """
 
     def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str) -> None:
@@ -35,19 +35,23 @@ class Normalise:
     def __call__(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (self.size, self.size):
             images = resize(images, [self.size, self.size], self.interpolation, antialias=True)
-        return torch.addcmul(self.shift, images.float(), self.scale)
+        return torch.addcmul(self.shift, images.float(), self.scale * 255 if images.is_floating_point() else self.scale)
 
 
 class PerImage:
-    """A transform made by timm, for one image of any kind: PIL of any mode, or a uint8 tensor [C, H, W]."""
+    """A transform made by timm, for one image of any kind: PIL of any mode, or a tensor [C, H, W], uint8 or floats with 1 for white."""
 
     def __init__(self, transform: Any, channels: int) -> None:
         self.transform, self.channels = transform, channels
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
-        picture = to_pil_image(image) if isinstance(image, Tensor) else plain(image, self.channels)
+        picture = to_pil_image(_in_range(image)) if isinstance(image, Tensor) else plain(image, self.channels)
         result: Tensor = self.transform(picture)
         return result
+
+
+def _in_range(image: Tensor) -> Tensor:
+    return image.clamp(0, 1) if image.is_floating_point() else image  # beyond white a picture would begin at black again
 
 
 Transform = Normalise | PerImage

@@ -61,6 +61,17 @@ def settings(name: str | type[Distiller]) -> dict[str, inspect.Parameter]:
     return {key: parameter for key, parameter in parameters.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+def networks(name: str | type[Distiller]) -> dict[str, inspect.Parameter]:
+    """A method's networks: the positional parameters of its class, `student` and mostly `teacher` among them."""
+    parameters = list(inspect.signature(find(name).__init__).parameters.items())[1:]
+    return {key: parameter for key, parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def others(name: str | type[Distiller]) -> dict[str, inspect.Parameter]:
+    """A method's networks beside student and teacher."""
+    return {key: parameter for key, parameter in networks(name).items() if key not in ("student", "teacher")}
+
+
 def __getattr__(attribute: str) -> Any:
     """`stillhouse.distillers.MaskedKD`: every method's class by its own name, imported on first use."""
     if not attribute.startswith("_"):

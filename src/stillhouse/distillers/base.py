@@ -1,12 +1,12 @@
 """The contract: what a published way to distil has to say about itself, and nothing about devices, optimisers, loggers, files or processes.
 
-A `Distiller` is a plain `nn.Module` that owns every network that takes part and answers three questions: who learns (`turns`), what is
-minimised (`forward`), and what moves without gradients (`after_update`). It can be trained by Stillhouse's loop or by anyone's own.
+A `Distiller` is a plain `nn.Module` that owns every network that takes part and answers: who learns (`turns`), what is minimised
+(`forward`), what moves without gradients (`after_update`), what is kept (`products`). Stillhouse's loop can train it, or anyone's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -35,29 +35,40 @@ class Clock:
 class Turn:
     """Who learns within a step: `parameters` take an update from the sum of `forward(batch, turn=name)`, in every `every`-th step.
 
-    `optimizer` names another of timm's optimisers than the run's, for players that need one.
+    Turns that follow each other under the same name learn from one and the same pass, each with its own optimiser.
+
+    Attributes:
+        optimizer: another of timm's optimisers than the run's.
+        rate: what the run's learning rate is multiplied by.
     """
 
     name: str
     parameters: list[nn.Parameter] = field(repr=False)
     every: int = 1
     optimizer: str | None = None
+    rate: float = 1.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of a training in several parts; each starts from the product of the one before."""
+    """One part of a training in several parts; each starts from the product of the one before.
+
+    `task` is what this part is judged by, where it is not what the data are for: "encode" while nothing is learnt from labels yet. Such a
+    part learns from the run's unlabelled images, if there are any.
+    """
 
     name: str
     distiller: Distiller
     epochs: int
+    task: str = ""
 
 
 class Distiller(nn.Module):
     """A student, its teacher, and how the one learns from the other.
 
     Subclasses take networks first and the paper's hyper-parameters by keyword, with the paper's defaults; the command line and the docs are
-    made from that signature. The teacher is frozen: in eval mode whatever `train()` says, outside gradients, optimisers and `state_dict`.
+    made from that signature. Networks beside student and teacher are named there too, and opened as teachers are if they are `frozen`, as
+    students are if not. The teacher is frozen: in eval mode whatever `train()` says, outside gradients, optimisers and `state_dict`.
 
     Args:
         student: the network to train; batches come as it wants them.
@@ -69,7 +80,9 @@ class Distiller(nn.Module):
     off: ClassVar[dict[str, Any]] = {"alpha": 0.0}
     """The settings under which only the labels count: training is then plain training, bit for bit."""
     tasks: ClassVar[tuple[str, ...]] = ("classify",)
-    """What the method is for: classify, detect, segment."""
+    """What the method is for: classify, detect, segment, encode, generate, regress."""
+    unlabelled: ClassVar[bool] = False
+    """Whether it has a stage of its own that learns from images without labels, which may be other ones than the data's."""
     teacher: Any
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
@@ -82,8 +95,13 @@ class Distiller(nn.Module):
         self.register_state_dict_post_hook(_without_frozen)
         self.register_load_state_dict_pre_hook(_with_frozen)
 
+    def prepare(self, batches: Iterable[tuple[Any, Any]]) -> None:
+        """What has to be done once before the first step: `batches` are the whole training set, as it is when it is evaluated, on the
+        distiller's device. It is done again when a run is taken up, so it must follow from them and from torch's generator alone.
+        """
+
     def turns(self) -> list[Turn]:
-        """Who learns, in order, within one step. One turn by default: all parameters that require grad."""
+        """Who learns, in order, within one step. One turn by default: all parameters that require grad. None: there is nothing to train."""
         return [Turn("student", [parameter for parameter in self.parameters() if parameter.requires_grad])]
 
     def forward(self, batch: Any, turn: str = "student") -> dict[str, Tensor]:
@@ -91,7 +109,7 @@ class Distiller(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say what it minimises")
 
     def after_update(self, clock: Clock) -> None:
-        """What moves without gradients: an EMA teacher, a queue, a schedule. Called after every step."""
+        """What moves without gradients: an EMA teacher, a queue, a schedule. Called after every step, with a generator of its own."""
 
     def look(self, batch: Any) -> dict[str, Tensor]:
         """What may be drawn for these images: named maps [B, h, w] in [0, 1], such as what the teacher was shown. Called in eval mode."""
@@ -109,6 +127,19 @@ class Distiller(nn.Module):
     def product(self) -> nn.Module:
         """What is kept when the training is over."""
         return self.student
+
+    @property
+    def products(self) -> dict[str, nn.Module]:
+        """All that is kept, by the name of its folder in the run's; the main one first. A set of data has a method `write(folder)`."""
+        return {"student": self.product}
+
+    def examined(self, kept: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """The networks that validation measures, by name: by default the first of `kept`, which are the products or their moving averages.
+
+        The metrics of all but the first are named after them. A method that makes data trains a fresh network on them here; the loop asks
+        within `torch.no_grad()`, with a generator that follows from the step.
+        """
+        return dict([next(iter(kept.items()))])
 
     @classmethod
     def stages(cls, student: nn.Module, teacher: nn.Module | None, epochs: int, **settings: Any) -> Iterator[Stage]:

@@ -24,4 +24,4 @@ def reproduce(name: str, out: Path, seeds: int = 3, smoke: bool = False) -> Path
 
     module = importlib.import_module(f"{__name__}.{name}")
     studies = [experiment.run(out / name, range(seeds), smoke) for experiment in module.EXPERIMENTS]
-    return write_evidence(out / f"{name}.md", name, module.CLAIM, studies)
+    return write_evidence(out / f"{name}.md", name, module.CLAIM, studies, getattr(module, "SHOWED", ""))

@@ -24,14 +24,16 @@ class Arm:
     Attributes:
         name: what the table calls it.
         method: a method's name, or a distiller class of the experiment's own (an ablation that is no method).
-        settings: of the method.
+        settings: of the method, and what differs from the experiment's recipe, data and networks.
         weights: the names of those settings that weigh its loss terms; a search scales them together.
+        before: a run that comes first, with the same seed; this arm's student begins as what it has kept.
     """
 
     name: str
     method: str | type[Distiller]
     settings: dict[str, Any] = field(default_factory=dict)
     weights: tuple[str, ...] = ()
+    before: Arm | None = None
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,17 @@ class Search:
 
 @dataclass(frozen=True)
 class Study:
-    """What came of an experiment: `runs[arm]` has one run a seed, in the order of the seeds; `found[arm]` what the search chose."""
+    """What came of an experiment: `runs[arm]` has one run a seed, in the order of the seeds; `found[arm]` what the search chose.
+
+    `before[arm]` has the runs that came before them, of the arms that have any.
+    """
 
     experiment: Experiment
     teacher: Run
     seeds: Sequence[int]
     runs: dict[str, list[Run]]
     found: dict[str, dict[str, float]]
+    before: dict[str, list[Run]] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Experiment:
         data: the student's data, a spec.
         teacher_data: the teacher's, a spec with the same validation images.
         student: a spec.
-        teacher: a spec; trained once, on labels.
+        teacher: a spec; trained once, on labels; or what is prepared, such as "@mae".
         recipe: settings of the loop, the same for all arms.
         teacher_recipe: what differs for the teacher.
         arms: the first one is what differences are taken from.
@@ -77,6 +83,8 @@ class Experiment:
         search: how every arm's learning rate and weight are found; by default all have the recipe's and their own.
         searched: another experiment of the same arms, whose search counts for this one.
         drawn: the arms whose masks are drawn over the training.
+        prepared: runs that are made once, in their order, before the teacher's. Any setting that begins with @NAME means the folder of the
+            one of that name: "@mae", "@mae/autoencoder"; @teacher is the teacher's.
     """
 
     name: str
@@ -93,6 +101,7 @@ class Experiment:
     search: Search | None = None
     searched: Experiment | None = None
     drawn: Sequence[str] = ()
+    prepared: Sequence[Arm] = ()
 
     def run(self, out: Path, seeds: Sequence[int], smoke: bool) -> Study:
         """All runs of all arms, seed by seed, so that an interrupted experiment has whole seeds."""
@@ -100,11 +109,15 @@ class Experiment:
         teacher = self._taught(out, smoke)
         found = (self.searched or self).find(out, smoke)
         runs: dict[str, list[Run]] = {arm.name: [] for arm in self.arms}
+        before: dict[str, list[Run]] = {arm.name: [] for arm in self.arms if arm.before is not None}
         for seed in seeds:
             for arm in self.arms:
-                settings = self._settings(arm, teacher, **found[arm.name]) | {"seed": seed, **tiny}
+                begun = self._begun(arm, teacher, folder, {"seed": seed, **tiny})
+                settings = self._settings(arm, teacher, **found[arm.name]) | begun | {"seed": seed, **tiny}
                 runs[arm.name].append(self._trained(arm, folder / f"{_slug(arm.name)}-{seed}", settings))
-        return Study(self, teacher, seeds, runs, found)
+                if begun:
+                    before[arm.name].append(Run(Path(begun["student"])))
+        return Study(self, teacher, seeds, runs, found, before=before)
 
     def find(self, out: Path, smoke: bool) -> dict[str, dict[str, float]]:
         """What the search chose for each arm."""
@@ -115,8 +128,32 @@ class Experiment:
         return out / (f"{self.name}-smoke" if smoke else self.name)
 
     def _taught(self, out: Path, smoke: bool) -> Run:
-        recipe = {"task": self.task} | self.recipe | self.teacher_recipe | (SMOKE if smoke else {})
-        return _finished("scratch", self._folder(out, smoke) / "teacher", student=self.teacher, data=self.teacher_data, **recipe)
+        folder, tiny = self._folder(out, smoke), SMOKE if smoke else {}
+        for arm in self.prepared:
+            _finished(arm.method, folder / _slug(arm.name), **self._located(self._shared(arm) | tiny, folder))
+        recipe = {"task": self.task} | self.recipe | self.teacher_recipe | tiny
+        settings = self._located({"student": self.teacher, "data": self.teacher_data, **recipe}, folder)
+        return _finished("scratch", folder / "teacher", **settings)
+
+    def _begun(self, arm: Arm, teacher: Run, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+        """The student that an arm begins with, if a run comes before it; made now."""
+        if arm.before is None:
+            return {}
+        first = self._settings(arm.before, teacher) | settings
+        return {"student": str(_finished(arm.before.method, folder / f"{_slug(arm.name)}-{first['seed']}-before", **first).folder)}
+
+    def _located(self, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """The settings, with folders for what begins with @."""
+
+        def path(value: str) -> str:
+            name, slash, part = value.removeprefix("@").partition("/")
+            return f"{folder / _slug(name)}{slash}{part}"
+
+        return {key: path(value) if isinstance(value, str) and value.startswith("@") else value for key, value in settings.items()}
+
+    def _shared(self, arm: Arm) -> dict[str, Any]:
+        task = {"task": self.task} if self.task in distillers.find(arm.method).tasks else {}
+        return {"student": self.student, "data": self.data, **task, **self.recipe, **arm.settings}
 
     def _searched(self, arm: Arm, teacher: Run, folder: Path, tiny: dict[str, Any]) -> dict[str, float]:
         """The learning rate and the scale of the weights that did best in short runs."""
@@ -124,7 +161,8 @@ class Experiment:
             return {}
 
         def score(rate: float, scale: float) -> float:
-            settings = self._settings(arm, teacher, lr=rate, scale=scale) | {"seed": self.search.seed, **tiny}  # type: ignore[union-attr]
+            own = {"seed": self.search.seed, **tiny}  # type: ignore[union-attr]
+            settings = self._settings(arm, teacher, lr=rate, scale=scale) | self._begun(arm, teacher, folder, own) | own
             settings["epochs"] = max(1, round(settings["epochs"] * self.search.share))  # type: ignore[union-attr]
             settings["eval_every"] = settings["epochs"]
             return self.headline(self._trained(arm, folder / f"search-{_slug(arm.name)}-{rate:g}-{scale:g}", settings))
@@ -134,12 +172,14 @@ class Experiment:
         return {"lr": rate, "scale": scale}
 
     def _settings(self, arm: Arm, teacher: Run, lr: float | None = None, scale: float = 1.0) -> dict[str, Any]:
-        settings = {"student": self.student, "data": self.data, "task": self.task, **self.recipe, **arm.settings}
+        settings = self._shared(arm)
         defaults = distillers.settings(arm.method)
         settings |= {name: scale * arm.settings.get(name, defaults[name].default) for name in arm.weights}
         settings |= {"lr": lr} if lr is not None else {}
         settings |= {"inherit": str(teacher.folder)} if self.inherit else {}
-        return settings | ({"teacher": str(teacher.folder)} if arm.method != "scratch" else {})
+        if "teacher" in distillers.networks(arm.method):
+            settings.setdefault("teacher", str(teacher.folder))
+        return self._located(settings, teacher.folder.parent)
 
     def _trained(self, arm: Arm, folder: Path, settings: dict[str, Any]) -> Run:
         run = _finished(arm.method, folder, **settings)
@@ -158,8 +198,8 @@ def curriculum(run: Run) -> tuple[float, float] | None:
 
 
 def _finished(method: str | type[Distiller], folder: Path, **settings: Any) -> Run:
-    begun = (folder / "settings.yaml").is_file()
-    return distill(method, out=str(folder), resume=begun, **({} if begun and isinstance(method, str) else settings))
+    """The run in a folder; taken up where it is, and refused if it was begun with other settings."""
+    return distill(method, out=str(folder), resume=(folder / "settings.yaml").is_file(), **settings)
 
 
 def _slug(name: str) -> str:

@@ -14,13 +14,19 @@ from stillhouse.report.numbers import si
 from stillhouse.training.log import read_table
 
 
-def write_evidence(path: Path, name: str, claim: str, studies: Sequence[Study]) -> Path:
-    """Writes the tables of all studies of a method to `path`."""
+def write_evidence(path: Path, name: str, claim: str, studies: Sequence[Any], showed: str = "") -> Path:
+    """Writes the tables of all studies of a method to `path`.
+
+    Args:
+        studies: each a `Study`, or what an experiment of another kind returned: with `experiment.name` and its own `table()`.
+        showed: what the last complete run showed, in a sentence.
+    """
     parts = [f"# Evidence for `{name}`", f"    stillhouse reproduce {name}", "## What the paper claims", claim]
+    parts += ["## What showed when it was last run in full", f"{showed[:1].upper()}{showed[1:]}."] if showed else []
     for study in studies:
-        parts += [f"## {study.experiment.name}", *_study(study)]
+        parts += [f"## {study.experiment.name}", *(study.table() if hasattr(study, "table") else _study(study))]
         drawn = path.with_name(f"{name}-{study.experiment.name}.svg")
-        runs = {arm: study.runs[arm] for arm in study.experiment.drawn}
+        runs = {arm: study.runs[arm] for arm in getattr(study.experiment, "drawn", ())}
         if write_curves(drawn, runs, FIGURES):
             parts.append(f"![What the masks did during training, mean over seeds]({drawn.name})")
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -31,14 +37,14 @@ def _study(study: Study) -> list[str]:
     experiment, teacher = study.experiment, study.teacher
     first = experiment.arms[0].name
     task = tasks.find(experiment.task)
-    extra = _of_masked_tokens(study) if experiment.task == "classify" else _of_dense(study)
+    extra = _extra(study)
     title = task.titles[task.headline]
     columns = ("arm", f"{title}, %", f"minus {first}, paired", *extra[0])
     rows = [_row(study, arm, extra[1](arm)) for arm in experiment.arms]
     recipe = {key: value for key, value in experiment.recipe.items() if key not in ("eval_every", "save_every")}
     shared = ", ".join(f"{key} {value}" for key, value in recipe.items())
     setting = (
-        f"{experiment.title}. Student `{experiment.student}`; teacher `{experiment.teacher}`, "
+        f"{experiment.title}. Student `{experiment.student}`; teacher `{_teacher(experiment)}`, "
         f"{title} {100 * experiment.headline(teacher):.1f} %. {shared}. Mean ± standard deviation over seeds "
         f"{', '.join(map(str, study.seeds))}; {teacher.facts['data']['val']} validation images; the last epoch, never the best."
         f"{_how_searched(experiment)}"
@@ -71,6 +77,35 @@ SECOND = ("map_50", "accuracy")
 """What is told of a detector or segmenter beside the headline."""
 Extra = tuple[list[str], Callable[[Arm], list[str]]]
 """Columns of a task's own, and an arm's cells in them."""
+
+
+def _teacher(experiment: Experiment) -> str:
+    """The teacher's spec; of one that was prepared that of its network."""
+    prepared = {f"@{arm.name}": str(arm.settings.get("student", experiment.student)) for arm in experiment.prepared}
+    return prepared.get(experiment.teacher, experiment.teacher)
+
+
+def _extra(study: Study) -> Extra:
+    """The columns that the arms give something to put in."""
+    if study.experiment.task != "classify":
+        return _of_dense(study)
+    if any(arm.method == "masked_kd" for arm in study.experiment.arms):
+        return _of_masked_tokens(study)
+    return _of_before(study)
+
+
+def _of_before(study: Study) -> Extra:
+    """What the runs that came before were worth when they ended."""
+    runs = [run for each in study.before.values() for run in each]
+    if not runs:
+        return [], lambda arm: []
+    task = tasks.find(runs[0].facts["task"])
+
+    def cells(arm: Arm) -> list[str]:
+        values = [100 * run.metrics[task.headline] for run in study.before.get(arm.name, [])]
+        return [_spread(values) if values else ""]
+
+    return [f"{task.titles[task.headline]} before, %"], cells
 
 
 def _of_masked_tokens(study: Study) -> Extra:

@@ -36,6 +36,7 @@ _NETWORK_MODULES = ("huggingface_hub", "httpx", "httpx2", "requests", "urllib3",
 class Fit:
     """What the data asks of a network: number of classes and image channels, side of the images (None: the network's own).
 
+    `classes` is 0 for an encoder: a network without its head.
     `new_head`: a pretrained network with other classes gets a new random classifier (a student) instead of being refused (a teacher).
     `names`: of the classes, by which a detector's or segmenter's published classes are found.
     `folder`, `known`: the run folder whose weights are taken, and the names of the classes they know.
@@ -59,6 +60,8 @@ def build(
         UserError: for an unknown name or option, one that does not fit the data, or weights that cannot be had.
     """
     _refuse_options(spec)
+    if not fit.classes and spec.family != "timm":
+        raise UserError(f"'{spec}' cannot be opened without its head, name an encoder of timm, such as timm/vit_tiny_patch16_224")
     if spec.family == "transformers":
         return _transformers(spec, fit, pretrained, file, allow_partial)
     model, options = (_timm if spec.family == "timm" else _torchvision)(spec, fit, pretrained)
@@ -94,9 +97,14 @@ def _agree(spec: Spec, key: str, wanted: int) -> None:
 def _with_head(spec: Spec, model: nn.Module, weights: dict[str, Tensor], fit: Fit) -> dict[str, Tensor]:
     """The weights, their classifier replaced by the model's own random one if it has another number of classes and a new head is wanted.
 
-    A classifier is recognised by its shape: `classes` rows in the model, another number in the weights, all else equal.
+    A classifier is recognised by its shape: `classes` rows in the model, another number in the weights, all else equal; where one of the
+    two is an encoder, by the name that timm gives it.
     """
     own = model.state_dict()
+    if fit.new_head and spec.family == "timm":
+        head = _timm_head(model)
+        weights = {key: value for key, value in weights.items() if key in own or not key.startswith(head)}
+        weights = {key: value for key, value in own.items() if key.startswith(head)} | weights
     shapes = {key: (own[key].shape, value.shape) for key, value in weights.items() if key in own and own[key].shape != value.shape}
     heads = [key for key, (new, old) in shapes.items() if new[:1] == (fit.classes,) and len(new) == len(old) and new[1:] == old[1:]]
     if not heads or len(heads) < len(shapes):
@@ -106,6 +114,11 @@ def _with_head(spec: Spec, model: nn.Module, weights: dict[str, Tensor], fit: Fi
         refuse_head(spec, known, fit.classes)
     LOG.info("new random classifier (%s): the weights know %d classes, the data has %d", ", ".join(heads), known, fit.classes)
     return {**weights, **{key: own[key] for key in heads}}
+
+
+def _timm_head(model: nn.Module) -> tuple[str, ...]:
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
 
 
 @contextmanager

@@ -120,6 +120,27 @@ def _tensors(output: Any) -> Iterable[Tensor]:
     return output.values() if isinstance(output, dict) else [each for each in output if isinstance(each, Tensor)]
 
 
+class OneMap:
+    """One of the maps at a place: of several the first (0, the finest) or the last (-1), an encoder's own image among them left out.
+
+    Args:
+        network: a detector or segmenter; any network for module names.
+        where: as for `Levels`.
+        which: 0 or -1.
+    """
+
+    def __init__(self, network: nn.Module, where: str, which: int) -> None:
+        self.levels = Levels(network, where)
+        channels = self.levels.channels  # segmentation-models-pytorch's encoders begin with the image, and some leave a level empty
+        images = channels[0] if len(channels) > 1 and channels[0] == empty_image(network).shape[1] else 0
+        self.index = [number for number, width in enumerate(channels) if width and not (number == 0 and images)][which]
+        self.channels = channels[self.index]
+
+    def take(self) -> Tensor:
+        """The map [B, C, H, W] of the last forward pass, with gradient, once."""
+        return self.levels.take()[self.index]
+
+
 class Align(nn.Module):
     """f_align: the student's maps with the teacher's channels, on the teacher's grid.
 

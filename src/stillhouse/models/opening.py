@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +19,15 @@ from stillhouse.models.specs import FAMILIES, Spec, parse_spec
 from stillhouse.models.weights import read_weights
 from stillhouse.randomness import seeded
 
-Task = Literal["classify", "detect", "segment"]
+Task = Literal["classify", "detect", "segment", "encode", "generate", "regress"]
+OPENERS = {
+    **{"mae": "mae.open_mae", "diffusers": "diffusion.open_diffusion", "pyg": "graphs.open_graph_network"},
+    **{"detect": "detectors.open_detector", "segment": "segmenters.open_segmenter"},
+}
+"""Who opens a network: by its family, or else by its task."""
+OF_FAMILY = {"timm": "classify", "smp": "segment", "mae": "encode", "diffusers": "generate", "pyg": "classify"}
+WITH_ANOTHER_HEAD = ("classify", "encode", "regress")
+"""What one network can do by turns: its head names classes, is left out, or answers other numbers."""
 
 
 def open_model(
@@ -37,11 +46,13 @@ def open_model(
     """The network that `spec` names, taking images [B, channels, H, W] to logits [B, classes], or what its task asks for.
 
     A detector follows torchvision's contract (see `is_detector`) and has 1 + `classes` outputs, 0 being the background; a segmenter
-    takes images to logits [B, classes, H, W] (see `logits_of`).
+    takes images to logits [B, classes, H, W] (see `logits_of`). To encode, a network is opened without its head and takes images to
+    features [B, D]; to regress, its outputs are `classes` numbers.
 
     Args:
-        spec: `timm/NAME:OPTIONS`, `torchvision/NAME:OPTIONS`, `transformers/NAME_OR_PATH:OPTIONS`, `smp/NAME:OPTIONS`, a run folder or its
-            `student` folder (whose weights are used), or a module, which is returned as it is.
+        spec: `timm/NAME:OPTIONS`, `torchvision/NAME:OPTIONS`, `transformers/NAME_OR_PATH:OPTIONS`, `smp/NAME:OPTIONS`, `mae/NAME:OPTIONS`,
+            `diffusers/NAME:OPTIONS`, `pyg/NAME:OPTIONS`, a run folder or its `student` folder (whose weights are used), or a module, which
+            is returned as it is.
         image_size: side in pixels that a network with a fixed input size is built for, or to which a detector resizes its images, unless
             the spec says; None for its own.
         weights: `"random"` (a function of `seed` and the spec alone), `"pretrained"` (published, by name), or a file.
@@ -49,9 +60,9 @@ def open_model(
         new_head: pretrained weights with another number of classes get a new random classifier (for a student) instead of being refused.
         names: of the classes; a detector's or segmenter's weights that know them all by name give their outputs, whatever else they know.
 
-    The result has an attribute `stillhouse`: `{"spec": str | None, "family": "timm|torchvision|transformers|smp|object",
-    "name": str | None, "options": {...}, "weights": str}`, and of a detector or segmenter also `"task"`, `"classes"`, `"channels"`
-    and `"names"` (or None).
+    The result has an attribute `stillhouse`: `{"spec": str | None, "family": str, "name": str | None, "options": {...}, "weights": str}`,
+    the family being one of `FAMILIES` or "object", and of all that is not there to classify also `"task"`, `"classes"`, `"channels"` and
+    `"names"` (or None).
 
     Raises:
         UserError: for an unknown name, option or folder, a network for another task, classes or channels that do not fit, weights that are
@@ -62,35 +73,36 @@ def open_model(
     parsed = parse_spec(spec)
     fit = Fit(classes, channels, image_size, new_head, names)
     found = task_of(spec)
-    if found is not None and found != task:
+    if found is not None and found != task and not {found, task} <= set(WITH_ANOTHER_HEAD):
         _refuse_task(spec, parsed, found, task)
     file = None if weights in ("random", "pretrained") else read_weights(weights)
     saved = read_saved(parsed.name) if parsed.family == "run" else None
+    if saved is not None and {saved.task, task} <= set(WITH_ANOTHER_HEAD) and saved.task != task:
+        fit = replace(fit, new_head=True)
+    if task == "encode":
+        fit = replace(fit, classes=0, new_head=True)
     if saved is not None:
         parsed, fit = saved.fitted(spec, fit), replace(fit, image_size=None, folder=parsed.name, known=saved.names)
         if file is None:
             weights, file = str(saved.file), read_weights(saved.file)
     with seeded(seed, "weights", parsed.family, parsed.name):
-        model, options = _opener(task)(parsed, fit, weights == "pretrained", file, allow_partial)
+        model, options = _opener(parsed.family, task)(parsed, fit, weights == "pretrained", file, allow_partial)
     if saved is not None:
         saved.describe(model)
     info: dict[str, Any] = {"spec": spec, "family": parsed.family, "name": parsed.name, "options": options, "weights": weights}
-    if task != "classify":
+    if task != "classify" or parsed.family in OPENERS:
         info |= {"task": task, "classes": classes, "channels": channels, "names": names or fit.known}
     model.stillhouse = info  # type: ignore[assignment]
     return model
 
 
-def _opener(task: Task) -> Callable[..., tuple[nn.Module, dict[str, Any]]]:
-    if task == "detect":
-        from stillhouse.models.detectors import open_detector
-
-        return open_detector
-    if task == "segment":
-        from stillhouse.models.segmenters import open_segmenter
-
-        return open_segmenter
-    return build
+def _opener(family: str, task: Task) -> Callable[..., tuple[nn.Module, dict[str, Any]]]:
+    path = OPENERS.get(family) or OPENERS.get(task)
+    if path is None:
+        return build
+    module, _, name = path.partition(".")
+    opener: Callable[..., tuple[nn.Module, dict[str, Any]]] = getattr(importlib.import_module(f"stillhouse.models.{module}"), name)
+    return opener
 
 
 def task_of(spec: str) -> Task | None:
@@ -106,7 +118,7 @@ def task_of(spec: str) -> Task | None:
         from stillhouse.models.detr import KINDS
 
         return "detect" if parsed.name in KINDS else None
-    return {"timm": "classify", "smp": "segment"}.get(parsed.family) or _torchvision_task(parsed.name)  # type: ignore[return-value]
+    return OF_FAMILY.get(parsed.family) or _torchvision_task(parsed.name)  # type: ignore[return-value]
 
 
 def _torchvision_task(name: str) -> Task | None:
@@ -169,7 +181,7 @@ class Saved:
             raise UserError(
                 f"the network in '{folder}' takes {self.channels} channel(s) and the data has {fit.channels}, take another network"
             )
-        if self.task == "classify" and self.classes != fit.classes and not fit.new_head:  # the others are found by name
+        if self.task in WITH_ANOTHER_HEAD and self.classes != fit.classes and not fit.new_head:  # the others are found by name
             refuse_head(folder, self.classes, fit.classes)
         data = ("num_classes", "in_chans", "num_labels")
         return Spec(self.spec.family, self.spec.name, {key: value for key, value in self.spec.options.items() if key not in data})
@@ -209,7 +221,8 @@ def _read_config(folder: Path, config: dict[str, Any]) -> Saved:
         }
         spec = Spec("timm", config["architecture"], config.get("model_args", {}))
         channels = spec.options.get("in_chans", cfg["input_size"][0])
-        return Saved(spec, config["num_classes"], int(channels), None, file, cfg)  # type: ignore[call-overload]
+        task: Task = "classify" if config["num_classes"] else "encode"
+        return Saved(spec, config["num_classes"], int(channels), None, file, cfg, task)  # type: ignore[call-overload]
     if "model_type" in config:
         from stillhouse.models.detr import KINDS, known_classes, known_names
 

@@ -191,6 +191,8 @@ def export_student(folder: str | Path, to: str, out: str | Path) -> Path:
             f"the student in '{folder}' detects, and torch cannot write to ONNX how it picks boxes, whose number depends on the image; "
             "export it to torch"
         )
+    if to == "onnx" and saved.task == "generate":
+        raise UserError(f"the student in '{folder}' makes images in several steps, which one ONNX graph does not hold; export it to torch")
     if to not in ("onnx", "torch") and family != to:
         remedy = family if family in FORMATS else "torch" if saved.task == "detect" else "onnx"
         raise UserError(f"the student in '{folder}' is of {family}, which {to} cannot open; export it to {remedy}")

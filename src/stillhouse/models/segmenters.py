@@ -1,10 +1,11 @@
-"""Segmenters by name: torchvision's own, its DeepLabV3, FCN and LR-ASPP on any backbone, and those of segmentation-models-pytorch."""
+"""Segmenters by name: torchvision's own, its DeepLabV3, FCN and LR-ASPP on any backbone, segmentation-models-pytorch's, transformers'."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -15,7 +16,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 from stillhouse.data import IMAGENET_MEAN, IMAGENET_STD
 from stillhouse.errors import UserError, nearest
 from stillhouse.models.backbones import open_body, statistics_of
-from stillhouse.models.families import Fit, _account, _check_timm_name, _quick_without_network, _told, quiet_transformers
+from stillhouse.models.families import Fit, _account, _check_timm_name, _quick_without_network, _refuse_options, _told, quiet_transformers
 from stillhouse.models.preprocessing import Preprocessing, set_preprocessing
 from stillhouse.models.published import load_file, load_published, refuse_bare
 from stillhouse.models.specs import Spec
@@ -39,10 +40,13 @@ def open_segmenter(
 
     - `backbone`: a torchvision classifier such as `resnet18`, or `timm/NAME`; published weights are then ImageNet's, of it alone;
     - `stride` of the last map: 8, 16 or 32; below 32 the backbone's last stages are dilated instead, and DeepLabV3's rates follow
-      (arXiv 1706.05587);
-    - `channels` of DeepLabV3's and LR-ASPP's head.
+      (arXiv 1706.05587); a vision transformer's is the side of its patches;
+    - `channels` of DeepLabV3's and LR-ASPP's head;
+    - what `timm/NAME` takes itself, such as a vision transformer's `patch_size`, `embed_dim` and `depth`; its blocks are the modules
+      `backbone.blocks.0`, `backbone.blocks.1`, ... for methods that look at maps.
 
-    Of transformers those are opened that were saved, as a run's student is; others are passed in Python.
+    Of transformers a kind (`transformers/segformer`) takes the numbers of its configuration, with random weights; those that were saved,
+    as a run's student is, are opened with theirs; published ones are passed in Python.
 
     Those of segmentation-models-pytorch take `encoder` (its names, or `timm/NAME`) and the numbers and words of their class
     (`encoder_depth`, `decoder_channels`, `psp_out_channels`, ...); published weights are those of the encoder alone.
@@ -51,7 +55,7 @@ def open_segmenter(
         UserError: for an unknown name or option, one that does not fit the data, or weights that cannot be had.
     """
     if spec.family == "transformers":
-        return _transformers(spec, fit, file, allow_partial), {}
+        return _transformers(spec, fit, file, pretrained, allow_partial), dict(spec.options)
     if spec.family == "smp":
         model, options = _smp(spec, fit, pretrained)
     else:
@@ -68,6 +72,7 @@ def _torchvision(spec: Spec, fit: Fit, pretrained: bool) -> tuple[nn.Module, dic
     if fit.channels != 3:
         raise UserError(f"'{spec}' takes images of 3 channels and the data has {fit.channels}, take one of smp, which fits any number")
     options = _options(spec)
+    _refuse_options(Spec(spec.family, spec.name, {key: value for key, value in spec.options.items() if key != "backbone"}))
     model = _composed(spec, fit, options, pretrained) if spec.name in COMPOSED else _built(spec, fit, options, pretrained)
     if pretrained:
         mean, std = statistics_of(options["backbone"]) if spec.name in COMPOSED else (IMAGENET_MEAN, IMAGENET_STD)
@@ -77,7 +82,10 @@ def _torchvision(spec: Spec, fit: Fit, pretrained: bool) -> tuple[nn.Module, dic
 
 def _options(spec: Spec) -> dict[str, Any]:
     known = COMPOSED.get(spec.name, {} if spec.name.startswith("lraspp") else {"aux": False})
+    timms = spec.name in COMPOSED and str(spec.options.get("backbone")).startswith("timm/")
     for key, value in spec.options.items():
+        if timms and key not in known:
+            continue
         if key not in known:
             raise UserError(f"torchvision network '{spec.name}' has no option '{key}'{nearest(key, known) or ', leave it out'}")
         if key != "backbone" and type(value) is not type(known[key]):
@@ -105,7 +113,17 @@ def _composed(spec: Spec, fit: Fit, options: dict[str, Any], pretrained: bool) -
         raise UserError(f"'{spec}' asks for a head of {options['channels']} channels, expected at least one")
     stride, aux = options["stride"], options.get("aux", False)
     stages = {8: "low", 32: "high"} if spec.name == "lraspp" else {**({16: "aux"} if aux else {}), 32: "out"}
-    body, widths = open_body(spec, options["backbone"], stages, pretrained, stride)
+    own = {key: value for key, value in options.items() if key not in COMPOSED[spec.name]}
+    if fit.image_size is not None and _of_fixed_size(options["backbone"]):
+        own = {"img_size": fit.image_size} | own
+    body, widths = open_body(spec, options["backbone"], stages, pretrained, stride, own)
+    found = getattr(body, "stride", stride)  # of a vision transformer: its patches'
+    if found != spec.options.get("stride", found):
+        raise UserError(
+            f"'{spec}' asks for stride {stride}, but the patches of '{options['backbone']}' have a side of {found}; leave it out"
+        )
+    stride = options["stride"] = found
+    options |= own
     with _told(spec, spec.options):
         if spec.name == "lraspp":
             return LRASPP(body, widths[0], widths[1], fit.classes, options["channels"])
@@ -115,10 +133,15 @@ def _composed(spec: Spec, fit: Fit, options: dict[str, Any], pretrained: bool) -
         return DeepLabV3(body, _deeplab_head(widths[-1], options["channels"], fit.classes, stride), auxiliary)
 
 
+def _of_fixed_size(backbone: object) -> bool:
+    cfg = timm.get_pretrained_cfg(str(backbone).removeprefix("timm/")) if str(backbone).startswith("timm/") else None
+    return bool(cfg and cfg.fixed_input_size)
+
+
 def _deeplab_head(width: int, channels: int, classes: int, stride: int) -> nn.Sequential:
     """torchvision's DeepLabHead, of any width; the same reach in pixels at any stride."""
     return nn.Sequential(
-        ASPP(width, [rate * 8 // stride for rate in (12, 24, 36)], channels),
+        ASPP(width, [max(1, rate * 8 // stride) for rate in (12, 24, 36)], channels),
         nn.Conv2d(channels, channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(channels),
         nn.ReLU(),
@@ -126,14 +149,14 @@ def _deeplab_head(width: int, channels: int, classes: int, stride: int) -> nn.Se
     )
 
 
-def _transformers(spec: Spec, fit: Fit, file: dict[str, Any] | None, allow_partial: bool) -> nn.Module:
-    if file is None:
-        raise UserError(f"'{spec}' is not opened by its name: make the object in Python and pass it, or name smp/segformer")
+def _transformers(spec: Spec, fit: Fit, file: dict[str, Any] | None, pretrained: bool, allow_partial: bool) -> nn.Module:
     try:
         from transformers import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING as SEGMENTERS
         from transformers import AutoConfig
     except ImportError:
         raise UserError(f"'{spec}' needs transformers: pip install 'stillhouse[transformers]'") from None
+    if file is None:
+        return _made(spec, fit, pretrained)
     with _told(spec, spec.options), quiet_transformers():
         config = AutoConfig.from_pretrained(spec.name, trust_remote_code=False)
         config.num_labels = fit.classes
@@ -143,6 +166,29 @@ def _transformers(spec: Spec, fit: Fit, file: dict[str, Any] | None, allow_parti
         )
     _account(spec, info, fit, allow_partial)
     return model.train()  # type: ignore[no-any-return]
+
+
+def _made(spec: Spec, fit: Fit, pretrained: bool) -> nn.Module:
+    """One of transformers' kinds, its weights random."""
+    from transformers import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING as SEGMENTERS
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES as KINDS
+
+    if spec.name not in KINDS:
+        hint = nearest(spec.name, KINDS) or ", expected a kind such as segformer"
+        raise UserError(f"transformers has no kind of segmenter '{spec.name}'{hint}; a published one is made in Python and passed")
+    if pretrained:
+        raise UserError(f"'{spec}' is a kind of network and has no published weights; start from random ones, or pass the object")
+    _refuse_options(spec)
+    with _told(spec, spec.options), quiet_transformers():
+        known = AutoConfig.for_model(spec.name).to_dict()
+        unknown = next((key for key in spec.options if key not in known), None)
+        if unknown is not None:
+            raise UserError(f"transformers network '{spec.name}' has no option '{unknown}'{nearest(unknown, known) or ', leave it out'}")
+        config = AutoConfig.for_model(spec.name, **{**spec.options, "num_labels": fit.classes, "num_channels": fit.channels})
+        kind: Any = SEGMENTERS[type(config)]
+        network: nn.Module = kind(config)
+    return network.train()
 
 
 def _smp(spec: Spec, fit: Fit, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:

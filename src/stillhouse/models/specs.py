@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from stillhouse.errors import UserError
 
-FAMILIES = ("timm", "torchvision", "transformers", "smp")
+FAMILIES = ("timm", "torchvision", "transformers", "smp", "mae", "diffusers", "pyg")
 _WORD = re.compile(r"[\w./+-]+")
 _PAIRS = {")": "(", "]": "[", "}": "{"}
 

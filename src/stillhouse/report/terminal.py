@@ -56,22 +56,27 @@ def _run(run: Any) -> None:
 
 
 def _methods(cards: Any) -> None:
+    from itertools import groupby
+
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
     from rich.text import Text
 
     if len(cards) == 1:
         card = cards[0]
         print(card.text)
+        print(f"\nEvidence: {card.showed or 'none of its own'}")
         if card.settings:
             print("\nSettings:\n" + "\n".join(f"    --{name} {value}" for name, value in card.settings.items()))
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("method", "family", "what it does"):
-        table.add_column(name)
-    for card in cards:
-        table.add_row(card.name, card.family, Text(card.sentence))
-    Console().print(table)
+    console = Console()
+    for family, of_family in groupby(cards, key=lambda card: card.family):
+        console.print(Text(f"\n{family}", style="bold"))
+        for card in of_family:
+            facts = {"to": ", ".join(card.tasks), "needs": ", ".join(card.needs) or "no teacher", "masked": card.masked}
+            facts |= {"evidence": card.showed} if card.showed else {}
+            console.print(Padding(Text.assemble((card.name, "bold"), f"  {card.sentence}"), (0, 0, 0, 2)))
+            console.print(Padding(Text(";  ".join(f"{name}: {text}" for name, text in facts.items()), style="dim"), (0, 0, 0, 6)))
 
 
 def _findings(findings: Any) -> None:

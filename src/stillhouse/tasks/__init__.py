@@ -11,11 +11,11 @@ from stillhouse.errors import UserError, nearest
 if TYPE_CHECKING:
     from stillhouse.tasks.base import Task
 
-TASKS = {"classify": "Classify", "detect": "Detect", "segment": "Segment"}
+TASKS = {name: name.capitalize() for name in ("classify", "detect", "segment", "encode", "generate", "regress")}
 
 
 def find(name: str) -> type[Task]:
-    """The metric of a task by the task's name: classify, detect or segment.
+    """The metric of a task by the task's name.
 
     Raises:
         UserError: if there is no such task, with the nearest name.

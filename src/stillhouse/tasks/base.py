@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from stillhouse.errors import UserError
@@ -30,6 +31,10 @@ class Task(Metric):
     per_class: ClassVar[str] = ""
     """What is measured of every class, as a table calls it; `compute` has it under "key/NAME". Empty if nothing is."""
     least_classes: ClassVar[int] = 1
+    wants_examples: ClassVar[bool] = False
+    """Whether `learn` is to be called before every pass."""
+    judged: ClassVar[bool] = False
+    """Whether it takes a `judge`: a network that classifies the same data."""
 
     full_state_update = False
 
@@ -41,6 +46,13 @@ class Task(Metric):
             twice = next(name for name in classes if classes.count(name) > 1)
             raise UserError(f"two classes of the data are called '{twice}', expected every name once; rename one")
         self.classes = classes
+
+    def learn(self, network: nn.Module, batches: Iterable[tuple[Any, Any]]) -> None:
+        """What the task learns on top of a network before it is measured: from labelled training images, without gradient."""
+
+    def ask(self, network: nn.Module, images: Any, targets: Any) -> Any:
+        """What the network says of a batch, for `update`."""
+        return network(images)
 
     def update(self, output: Any, targets: Any, teacher_output: Any = None) -> None:
         """Add a batch: what the student, and perhaps its teacher, returned in eval mode on the batch's images, and what is true."""

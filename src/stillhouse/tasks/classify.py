@@ -13,6 +13,8 @@ from stillhouse.tasks.base import Task
 from stillhouse.tasks.colours import as_rgb
 
 BINS = 15
+MARGINS, FARTHEST = 4096, 32.0
+"""The log-odds of two classes are counted in so many steps, from minus to plus so much."""
 
 
 class Classify(Task):
@@ -33,6 +35,7 @@ class Classify(Task):
     titles: ClassVar[dict[str, str]] = {
         "top1": "top-1",
         "top5": "top-5",
+        "auroc": "AUROC",
         "nll": "NLL, nats",
         "ece": "calibration error",
         "agreement": "agrees with teacher",
@@ -47,6 +50,7 @@ class Classify(Task):
     agreement: Tensor
     teacher_top1: Tensor
     bin_gap: Tensor
+    margins: Tensor
 
     def __init__(self, classes: list[str], *, sync_on_compute: bool = True) -> None:
         super().__init__(classes, sync_on_compute=sync_on_compute)
@@ -54,6 +58,8 @@ class Classify(Task):
             self.add_state(count, torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("nll", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("bin_gap", torch.zeros(BINS), dist_reduce_fx="sum")
+        if len(classes) == 2:
+            self.add_state("margins", torch.zeros(2, MARGINS, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, output: Any, targets: Tensor, teacher_output: Any = None) -> None:
         """Add a batch: outputs with logits [B, K] and class numbers [B]; the teacher's output for `agreement` and `teacher_top1`.
@@ -72,6 +78,10 @@ class Classify(Task):
         confidence = log_probs.gather(1, guess[:, None])[:, 0].exp()
         bins = (confidence * BINS).long().clamp(max=BINS - 1)
         self.bin_gap.scatter_add_(0, bins, right.float() - confidence)
+        if len(self.classes) == 2:
+            margin = (log_probs[:, 1] - log_probs[:, 0]).clamp(-FARTHEST, FARTHEST)
+            place = ((margin / FARTHEST + 1) / 2 * (MARGINS - 1)).round().long()
+            self.margins.view(-1).scatter_add_(0, targets * MARGINS + place, torch.ones_like(place))
         if teacher_output is not None:
             teacher_guess = self._logits("teacher", teacher_output, targets).detach().argmax(dim=-1)
             self.compared += len(targets)
@@ -83,7 +93,8 @@ class Classify(Task):
 
         `top1` and `top5` (the label among the K when K < 5), `ece` (expected calibration error, 15 bins of equal width, arXiv
         1706.04599), `agreement` (same guess as the teacher) and `teacher_top1` in [0, 1]; `nll` in nats. The last two only when a
-        teacher was given.
+        teacher was given. Of two classes also `auroc`: how often a sample of the second gets higher odds of being one than a sample of the
+        first, from odds in steps of 1/64 on their logarithm; 1/2 if there were samples of one class alone.
 
         Raises:
             UserError: if no sample was.
@@ -93,6 +104,10 @@ class Classify(Task):
             raise UserError("nothing was measured: the validation set gave no sample")
         result = {name: float(getattr(self, name)) / samples for name in ("top1", "top5", "nll")}
         result["ece"] = float(self.bin_gap.abs().sum()) / samples
+        if len(self.classes) == 2:
+            first, second = self.margins.double()
+            pairs = float(first.sum() * second.sum())
+            result["auroc"] = float((second * (first.cumsum(0) - first / 2)).sum()) / pairs if pairs else 0.5
         if compared:
             result |= {name: float(getattr(self, name)) / compared for name in ("agreement", "teacher_top1")}
         return result

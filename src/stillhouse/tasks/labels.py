@@ -23,11 +23,18 @@ def label_losses(network: nn.Module, batch: tuple[Any, Any]) -> dict[str, Tensor
     - Class numbers [B] or soft labels [B, K]: `ce`.
     - Masks of class numbers [B, H, W], 255 ignored: `ce` over pixels, and `aux` of an auxiliary head.
     - A list of boxes and labels, an image each: the detector's own terms.
+    - Of a network that is there to regress, numbers [B, D]: `mse`, the mean over batch and outputs of the squared difference.
     """
     images, targets = batch
     if isinstance(targets, list):
         return detection_losses(network, images, [without_crowds(target) for target in targets])
-    output = network(images)
+    if getattr(network, "stillhouse", {}).get("task") == "regress":  # the targets' shape does not tell them from soft labels
+        return {"mse": F.mse_loss(logits_of(network(images)).float(), targets.float())}
+    return losses_of(network(images), targets)
+
+
+def losses_of(output: Any, targets: Tensor) -> dict[str, Tensor]:
+    """What labels [B] or [B, K] or masks [B, H, W] say of a network's output: `ce`, and `aux` of a segmenter's auxiliary head."""
     if targets.ndim < 3:
         return {"ce": cross_entropy(logits_of(output), targets)}
     terms = {"ce": pixel_cross_entropy(logits_of(output), targets)}

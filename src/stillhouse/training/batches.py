@@ -1,4 +1,4 @@
-"""Batches of any task: tensors, or lists of images and of boxes."""
+"""Batches of any task: tensors, lists of images and of boxes, or graphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 def on_device(value: Any, device: torch.device) -> Any:
     """The same on a device: tensors, and lists, tuples and dictionaries of them."""
-    if isinstance(value, Tensor):
+    if hasattr(value, "to"):  # tensors, and batches of graphs
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {name: on_device(each, device) for name, each in value.items()}
@@ -22,4 +22,5 @@ def in_parts(value: Any, parts: int) -> list[Any]:
     if isinstance(value, Tensor):
         return list(value.chunk(parts))
     each = len(value) // parts
-    return [value[start : start + each] for start in range(0, len(value), each)]
+    pieces = [value[start : start + each] for start in range(0, len(value), each)]
+    return [value.from_data_list(piece) for piece in pieces] if hasattr(value, "from_data_list") else pieces  # graphs

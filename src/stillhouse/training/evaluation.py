@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torch.utils.data import Subset
 
+from stillhouse.data import Data
+from stillhouse.data.loading import eval_batches
 from stillhouse.distillers.base import Distiller
 from stillhouse.randomness import samples, seed_from
+from stillhouse.tasks.base import Task
 from stillhouse.training.batches import on_device
+
+EXAMPLES = 4096
+"""Labelled training images from which a metric learns."""
 
 
 @torch.no_grad()
@@ -21,7 +27,7 @@ def evaluate(
     student: nn.Module,
     batches: Iterable[tuple[Tensor, Any, Any]],
     accelerator: Accelerator,
-    metric: Metric,
+    metric: Task,
     distiller: Distiller | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -38,7 +44,7 @@ def evaluate(
             images, targets = on_device((images, targets), accelerator.device)
             with accelerator.autocast(), samples(seed_from(seed, "evaluate"), 0, ids):
                 terms = distiller((images, targets)) if distiller is not None else {}
-                output = student(images)
+                output = metric.ask(student, images, targets)
             metric.update(output, targets, seen.pop() if seen else None)
             for name, value in {**terms, "": torch.ones((), device=accelerator.device)}.items():
                 sums[name] = sums.get(name, 0.0) + value.double() * len(targets)
@@ -48,16 +54,30 @@ def evaluate(
 
 
 @torch.no_grad()
-def measured(network: nn.Module, batches: Iterable[tuple[Tensor, Any, Any]], device: torch.device, metric: Metric) -> Metric:
+def learnt(metric: Task, network: nn.Module, data: Data, transform: Any, device: torch.device, batch: int, workers: int = 0) -> Task:
+    """The metric, once it has learnt what it wants to from labelled training images: from the same ones for any number of processes."""
+    if not metric.wants_examples:
+        return metric
+    length = len(data.train)  # type: ignore[arg-type]
+    chosen = Subset(data.train, range(0, length, -(-length // EXAMPLES)))
+    batches = eval_batches(chosen, transform, batch=batch, workers=workers)
+    with _evaluating(network):
+        metric.to(device).learn(network, (on_device((images, targets), device) for _, images, targets in batches))
+    return metric
+
+
+@torch.no_grad()
+def measured(network: nn.Module, batches: Iterable[tuple[Tensor, Any, Any]], device: torch.device, metric: Task) -> Task:
     """`metric`, after any network's pass over `batches` of (ids, images, targets), in eval mode.
 
     For what one process does alone, make the metric with `sync_on_compute=False`.
     """
     metric = metric.to(device)
     with _evaluating(network):
-        for _, images, targets in batches:
+        for ids, images, targets in batches:
             images, targets = on_device((images, targets), device)
-            metric.update(network(images), targets)
+            with samples(seed_from("evaluate"), 0, ids):
+                metric.update(metric.ask(network, images, targets), targets)
     return metric
 
 

@@ -81,18 +81,22 @@ class Terms:
         """The terms of one update, detached scalars."""
         self._rows.append((step, terms))
 
+    def gather(self, accelerator: Accelerator) -> None:
+        """Makes every term the mean over processes, which all have to call it."""
+        if self._rows and accelerator.num_processes > 1:
+            flat = torch.stack([value.double() for _, terms in self._rows for value in terms.values()])
+            means = iter(accelerator.reduce(flat, "mean").float())
+            self._rows = [(step, {name: next(means) for name in terms}) for step, terms in self._rows]
+
     def check(self, accelerator: Accelerator) -> None:
-        """Makes every term the mean over processes, so that all go on or stop together. Waits for the device once.
+        """Gathers, so that all processes go on or stop together. Waits for the device once.
 
         Raises:
             Diverged: if any term was NaN or infinite, naming the first such step and its terms.
         """
         if not self._rows:
             return
-        if accelerator.num_processes > 1:
-            flat = torch.stack([value.double() for _, terms in self._rows for value in terms.values()])
-            means = iter(accelerator.reduce(flat, "mean").float())
-            self._rows = [(step, {name: next(means) for name in terms}) for step, terms in self._rows]
+        self.gather(accelerator)
         finite = torch.stack([torch.stack([value.isfinite() for value in terms.values()]).all() for _, terms in self._rows]).cpu()
         if finite.all():
             return

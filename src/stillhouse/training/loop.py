@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,16 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import resize
 
 from stillhouse import tasks
-from stillhouse.data import Data
+from stillhouse.data import OF_CLASSES, Data
 from stillhouse.data.loading import TrainBatches, eval_batches, mixing
 from stillhouse.distillers.base import Clock, Distiller
 from stillhouse.errors import UserError, nearest
 from stillhouse.interrupted import Interrupted
+from stillhouse.models.detectors import is_detector
 from stillhouse.models.preprocessing import Preprocessing
 from stillhouse.randomness import samples, seed_from
 from stillhouse.run_folder import writing
+from stillhouse.tasks.base import Task
 from stillhouse.training.batches import in_parts, on_device
 from stillhouse.training.checkpoint import (
     checkpoints,
@@ -39,15 +43,17 @@ from stillhouse.training.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from stillhouse.training.evaluation import evaluate
+from stillhouse.training.evaluation import evaluate, learnt
 from stillhouse.training.interrupt import Interruption
 from stillhouse.training.log import REMEDY, Diverged, Table, Terms, read_table
-from stillhouse.training.optim import players_of
+from stillhouse.training.optim import Player, players_of
 from stillhouse.training.progress import Progress
 from stillhouse.training.recipe import Recipe
 
 LOG = logging.getLogger("stillhouse")
 SMOKE_STEPS, SMOKE_BATCHES, PICTURES = 4, 2, 6
+DRAWN = ("detect", "segment", "generate")
+"""The tasks whose answers are drawn over the images."""
 SHOWN = 400
 """Pixels of the longer side of a stored picture."""
 
@@ -64,6 +70,7 @@ class Loop:
         folder: where figures, pictures and checkpoints go.
         facts: what must be equal for a checkpoint to be taken up again (method, hashes of teacher, data and settings).
         title: what the progress bar calls it.
+        metric: what makes the metric that the products are measured by; by default that of the data's task.
     """
 
     def __init__(
@@ -76,10 +83,12 @@ class Loop:
         folder: Path,
         facts: dict[str, Any] | None = None,
         title: str = "",
+        metric: Callable[..., Task] | None = None,
     ) -> None:
         self.accelerator = accelerator_for(recipe, folder, turns=len(distiller.turns()))
         self.data, self.recipe, self.folder, self.facts, self.title = data, recipe, folder, facts or {}, title
         self.task = tasks.find(data.task)
+        self.metric = metric or partial(self.task, data.classes)
         self.eval_transform, self.preprocessing = transforms[1], preprocessing
         self.batch = recipe.batch
         self.batches = TrainBatches(
@@ -91,19 +100,22 @@ class Loop:
             shard=self.accelerator.process_index,
             workers=recipe.workers,
             mix=_mixing(data, recipe),
+            wrong=data.wrong,
         )
         if self.batch // self.accelerator.num_processes % recipe.accumulate:
             raise UserError(f"a process's part of the batch of {self.batch} does not divide into accumulate={recipe.accumulate} parts")
         self.steps_per_epoch = len(self.batches)
-        self.steps = min(recipe.epochs * self.steps_per_epoch, recipe.max_steps or math.inf, SMOKE_STEPS if recipe.smoke else math.inf)
+        turns = distiller.turns()
+        asked = recipe.epochs * self.steps_per_epoch if turns else 0
+        self.steps = min(asked, recipe.max_steps or math.inf, SMOKE_STEPS if recipe.smoke else math.inf)
         warmup = round(recipe.warmup_epochs * self.steps_per_epoch) if recipe.warmup_epochs < recipe.epochs else 0
         self.distiller = distiller.to(self.accelerator.device)
         self.players = players_of(distiller, recipe, int(self.steps), min(warmup, int(self.steps) // 5))
-        self.ema = ModelEmaV3(distiller.product, decay=recipe.ema, use_warmup=True) if recipe.ema is not None else None
+        self.ema = ModelEmaV3(self.products, decay=recipe.ema, use_warmup=True) if recipe.ema is not None else None
         if recipe.compile:
             for network in distiller.children():
-                network.compile()
-        self.model = self.accelerator.prepare(distiller)
+                compiled_part(network).compile()
+        self.model = self.accelerator.prepare(distiller) if turns else distiller
         for player in self.players:
             player.optimizer = self.accelerator.prepare_optimizer(player.optimizer)
         self.terms, self.figures = Terms(), Terms()
@@ -131,6 +143,10 @@ class Loop:
         main = self.accelerator.is_main_process
         train, watch, speed, val = (Table(self.folder / f"{name}.csv", self.step, main) for name in ("train", "watch", "speed", "val"))
         metrics: dict[str, float] = {}
+        if not self.steps and not read_table(val.path):
+            metrics = self.evaluate()
+            self.write(val, tasks.by_class(metrics)[0])
+            self.save()
         first, elsewhere, begun = self.step, 0.0, time.perf_counter()
         self.pictures(first)
         with Interruption() as interruption, Progress(self.title, int(self.steps), self.step, main) as progress:
@@ -176,29 +192,34 @@ class Loop:
             self.model.train()
         seen: dict[str, Tensor] = {}
         figures: dict[str, Tensor] = {}
-        for player in self.players:
-            player.schedule.step_update(step)
-            if step % player.turn.every:
+        for turn, together in groupby(self.players, key=lambda player: player.turn.name):
+            players = list(together)
+            for player in players:
+                player.schedule.step_update(step)
+            due = [player for player in players if step % player.turn.every == 0]
+            if not due:
                 continue
             for number, part in enumerate(parts):
-                torch.manual_seed(seed_from(self.recipe.seed, "step", step, player.turn.name, self.accelerator.process_index, number))
+                torch.manual_seed(seed_from(self.recipe.seed, "step", step, turn, self.accelerator.process_index, number))
                 last = number == len(parts) - 1
-                terms = self.learn(player.turn.name, step, part, 1 / len(parts), last)
+                terms = self.learn(turn, step, part, 1 / len(parts), last)
                 for name, value in terms.items():
                     seen[name] = seen.get(name, 0.0) + value.detach() / len(parts)
                 for name, value in self.distiller.watch().items():
                     figures[name] = figures.get(name, 0.0) + value.detach() / len(parts)
-            if self.recipe.clip is not None:
-                self.accelerator.clip_grad_norm_(player.turn.parameters, self.recipe.clip)
-            player.optimizer.step()
+            for player in due:
+                if self.recipe.clip is not None:
+                    self.accelerator.clip_grad_norm_(player.turn.parameters, self.recipe.clip)
+                player.optimizer.step()
             self.model.zero_grad(set_to_none=True)
         if seen:
             self.terms.add(step + 1, seen)
         if figures:
             self.figures.add(step + 1, figures)
+        torch.manual_seed(seed_from(self.recipe.seed, "after", step))
         self.distiller.after_update(self.clock(step + 1))
         if self.ema is not None:
-            self.ema.update(self.distiller.product, step=step + 1)
+            self.ema.update(self.products, step=step + 1)
 
     def learn(self, turn: str, step: int, part: tuple[Tensor, Any, Any], share: float, last: bool) -> dict[str, Tensor]:
         """The gradients of one part of the batch; processes exchange them with the last part only."""
@@ -231,7 +252,24 @@ class Loop:
         return bool(self.accelerator.reduce(torch.tensor(float(interruption.asked), device=self.accelerator.device)) > 0)
 
     def evaluate(self) -> dict[str, float]:
-        """The metrics of the student that would be kept now."""
+        """The metrics of what would be kept now; the names of all but the first network stand before their metrics."""
+        metrics: dict[str, float] = {}
+        for number, (name, network) in enumerate(self.examined().items()):
+            torch.manual_seed(seed_from(self.recipe.seed, "evaluate", self.step))
+            metric = self.learnt(self.metric(), network)
+            first = None if number else self.distiller
+            found = evaluate(network, self.val_batches(), self.accelerator, metric, first, self.recipe.seed)
+            metrics |= {f"{name}_{key}": value for key, value in tasks.by_class(found)[0].items()} if number else found
+        return metrics
+
+    @torch.no_grad()
+    def examined(self) -> dict[str, nn.Module]:
+        """The networks that are measured."""
+        torch.manual_seed(seed_from(self.recipe.seed, "examined", self.step))
+        return self.distiller.examined(self.kept)
+
+    def val_batches(self) -> Iterator[tuple[Tensor, Any, Any]]:
+        """This process's share of the validation set, in order."""
         batches = eval_batches(
             self.data.val,
             self.eval_transform,
@@ -239,16 +277,23 @@ class Loop:
             workers=self.recipe.workers,
             shards=self.accelerator.num_processes,
             shard=self.accelerator.process_index,
+            wrong=self.data.wrong,
         )
-        if self.recipe.smoke:
-            batches = (batch for _, batch in zip(range(SMOKE_BATCHES), batches, strict=False))
-        torch.manual_seed(seed_from(self.recipe.seed, "evaluate", self.step))
-        return evaluate(self.kept, batches, self.accelerator, self.task(self.data.classes), self.distiller, self.recipe.seed)
+        return islice(batches, SMOKE_BATCHES if self.recipe.smoke else None)
+
+    def learnt(self, metric: Task, network: nn.Module) -> Task:
+        """The metric, once it has learnt what it wants to from labelled training images."""
+        return learnt(metric, network, self.data, self.eval_transform, self.accelerator.device, self.batch, self.recipe.workers)
 
     @property
-    def kept(self) -> nn.Module:
-        """What the run would leave behind now: the distiller's product, or its moving average."""
-        return self.ema.module if self.ema is not None else self.distiller.product
+    def products(self) -> nn.ModuleDict:
+        """What the distiller would leave behind, as one module."""
+        return nn.ModuleDict(self.distiller.products)
+
+    @property
+    def kept(self) -> dict[str, nn.Module]:
+        """What the run would leave behind now: the distiller's products, or their moving averages."""
+        return dict((self.ema.module if self.ema is not None else self.products).items())
 
     def watched(self, table: Table) -> None:
         """What the method watches, as a row of its own; an alarm is told when it begins, and kept for the report."""
@@ -267,7 +312,7 @@ class Loop:
     def pictures(self, step: int) -> None:
         """At the start, the middle and the end: what a handful of validation images look like to student and teacher, for the report."""
         moments = {0: 0.0, int(self.steps) // 2: 0.5, int(self.steps): 1.0}
-        if step not in moments or not self.accelerator.is_main_process:
+        if step not in moments or not self.accelerator.is_main_process or self.data.inputs != "images":
             return
         few = eval_batches(self.data.val, self.eval_transform, batch=min(self.batch, PICTURES), workers=0, shards=1, shard=0)
         _, images, targets = next(iter(few))
@@ -278,9 +323,9 @@ class Loop:
         maps = self.distiller.look((seen_images, seen_targets))
         pictures = self.undo(images)
         tensors = {"images": small(pictures), **{name: value.float().cpu() for name, value in maps.items()}}
-        if self.data.task == "classify":
+        if self.data.task in OF_CLASSES:
             tensors["labels"] = targets
-        else:
+        if self.data.task in DRAWN:
             tensors |= self.drawn(pictures, seen_images, targets)
         self.distiller.train(training)
         path = self.folder / "pictures" / f"step-{step:08d}.safetensors"
@@ -292,11 +337,13 @@ class Loop:
     @torch.no_grad()
     def drawn(self, pictures: Tensor, images: Any, targets: Any) -> dict[str, Tensor]:
         """Labels and what the student says now, laid over the pictures."""
-        classes, draw = self.data.classes, self.task.draw
-        self.kept.eval()
-        drawn = {"labels": draw(pictures, targets, classes), "student": draw(pictures, self.kept(images), classes)}
+        on = on_device(targets, self.accelerator.device)
+        classes, draw, ask = self.data.classes, self.task.draw, self.metric().ask
+        student = next(iter(self.examined().values())).eval()
+        drawn = {"labels": draw(pictures, targets, classes), "student": draw(pictures, ask(student, images, on), classes)}
         if self.distiller.teacher is not None:
-            drawn["teacher"] = draw(pictures, self.distiller.teach(images), classes)
+            whole = nn.Sequential(self.distiller.refeed, self.distiller.teacher)
+            drawn["teacher"] = draw(pictures, ask(whole, images, on), classes)
         return {f"drawn/{name}": small(each) for name, each in drawn.items()}
 
     def undo(self, images: Any) -> Tensor:
@@ -317,11 +364,12 @@ class Loop:
     def save(self) -> None:
         """A checkpoint of all that learns, once the losses up to here and the weights are known to be finite."""
         self.terms.check(self.accelerator)
+        self.figures.gather(self.accelerator)
         refuse_unless_finite(self.distiller, self.step)
         if self.accelerator.is_main_process:
             parts = {
                 "distiller": _tensors(self.distiller.state_dict()),
-                **{f"optimizer-{p.turn.name}": optimizer_tensors(p.optimizer) for p in self.players},
+                **{name: optimizer_tensors(player.optimizer) for name, player in self.by_name().items()},
             }
             parts["log"], parts["watch"] = self.terms.tensors(), self.figures.tensors()
             if self.ema is not None:
@@ -330,6 +378,14 @@ class Loop:
             state = {"facts": self.facts, "scaler": scaler, "alarms": self.alarms, "alarmed": self.alarmed}
             save_checkpoint(self.folder / "checkpoints", self.step, parts, state)
         self.accelerator.wait_for_everyone()
+
+    def by_name(self) -> dict[str, Player]:
+        """The players by the names of their files; those that share a turn are numbered."""
+        named: dict[str, Player] = {}
+        for player in self.players:
+            name = f"optimizer-{player.turn.name}"
+            named[name if name not in named else f"{name}-{sum(key.startswith(name) for key in named) + 1}"] = player
+        return named
 
     def load(self) -> None:
         """Takes up the last checkpoint, if there is one.
@@ -347,8 +403,8 @@ class Loop:
                 raise UserError(f"{found[-1]} is of another {name} ({was}, now {value}); start anew in another folder with --out")
         try:
             self.distiller.load_state_dict(parts["distiller"])
-            for player in self.players:
-                load_optimizer_tensors(player.optimizer, parts[f"optimizer-{player.turn.name}"])
+            for name, player in self.by_name().items():
+                load_optimizer_tensors(player.optimizer, parts[name])
             if self.ema is not None:
                 self.ema.module.load_state_dict(parts["ema"])
         except (RuntimeError, KeyError) as error:
@@ -366,9 +422,15 @@ def small(pictures: Tensor) -> Tensor:
     return pictures if share >= 1 else resize(pictures, [max(1, round(side * share)) for side in pictures.shape[-2:]], antialias=True)
 
 
+def compiled_part(network: nn.Module) -> nn.Module:
+    """What of a network is worth compiling: of a detector its backbone, for what follows has other shapes for other boxes."""
+    parts = dict(network.named_modules()) if is_detector(network) else {}
+    return parts.get("network.model.backbone") or parts.get("backbone") or network  # transformers', torchvision's
+
+
 def _mixing(data: Data, recipe: Recipe) -> Mixup | None:
-    if data.task != "classify" and (recipe.mixup or recipe.cutmix or recipe.smoothing):
-        raise UserError(f"mixup, cutmix and smoothing are for class labels, and '{data.name}' is to {data.task}: leave them out")
+    if (data.task != "classify" or data.inputs != "images") and (recipe.mixup or recipe.cutmix or recipe.smoothing):
+        raise UserError(f"mixup, cutmix and smoothing are for images to classify, and '{data.name}' is to {data.task}: leave them out")
     return mixing(len(data.classes), mixup=recipe.mixup, cutmix=recipe.cutmix, smoothing=recipe.smoothing)
 
 

@@ -44,22 +44,23 @@ def _player(distiller: Distiller, turn: Turn, recipe: Recipe, steps: int, warmup
     if name not in known:
         raise UserError(f"there is no optimizer '{name}'{nearest(name, known)}; timm knows {', '.join(known)}")
     try:
-        optimizer = create_optimizer_v2(parameter_groups(distiller, turn, recipe), opt=name, lr=recipe.lr, weight_decay=0.0)
+        groups, rate = parameter_groups(distiller, turn, recipe), turn.rate * recipe.lr
+        optimizer = create_optimizer_v2(groups, opt=name, lr=rate, weight_decay=0.0)
     except (AssertionError, ImportError) as error:
         raise UserError(f"the optimizer {name} does not work here ({error}), use another such as adamw") from error
-    return Player(turn, optimizer, cosine(optimizer, recipe, steps, warmup_steps))
+    return Player(turn, optimizer, cosine(optimizer, rate, recipe.min_lr, steps, warmup_steps))
 
 
-def cosine(optimizer: Optimizer, recipe: Recipe, steps: int, warmup_steps: int) -> CosineLRScheduler:
-    """Linear warm-up, then a cosine down to `min_lr`: a function of the step alone."""
+def cosine(optimizer: Optimizer, rate: float, least: float, steps: int, warmup_steps: int) -> CosineLRScheduler:
+    """Linear warm-up to `rate`, then a cosine down to `least`: a function of the step alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return CosineLRScheduler(
             optimizer,
             t_initial=max(1, steps),
-            lr_min=min(recipe.min_lr, recipe.lr),
+            lr_min=min(least, rate),
             warmup_t=min(warmup_steps, steps - 1),
-            warmup_lr_init=min(1e-6, recipe.lr),
+            warmup_lr_init=min(1e-6, rate),
             t_in_epochs=False,
         )
 

@@ -1,6 +1,8 @@
 """Attention transfer: the student's activations are strong where the teacher's are.
 
-Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", arXiv 1612.03928, eq. 2. Nothing is masked.
+Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", arXiv 1612.03928, eq. 2.
+
+Masked: nothing.
 
     stillhouse distill --method attention_transfer --teacher RUN_OR_SPEC --student SPEC --data SPEC
 

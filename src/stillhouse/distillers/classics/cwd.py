@@ -3,7 +3,9 @@
 Each channel of the teacher's and of the student's map is made a distribution over places by a softmax with a temperature, and the two are
 compared by their divergence. What counts is where a channel is stronger than elsewhere: a constant added to it changes nothing.
 
-Source: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv 2011.13256. Nothing is masked.
+Source: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv 2011.13256.
+
+Masked: nothing.
 
     stillhouse distill --method cwd --teacher RUN_OR_SPEC --student SPEC --data voc:DIR
 

@@ -1,6 +1,8 @@
 """Decoupled knowledge distillation: what the teacher knows about the target class and about the others, weighted apart.
 
-Source: Zhao et al., arXiv 2203.08679, eq. 7; the official code's CIFAR defaults. Nothing is masked.
+Source: Zhao et al., arXiv 2203.08679, eq. 7; the official code's CIFAR defaults.
+
+Masked: nothing.
 
     stillhouse distill --method dkd --teacher RUN_OR_SPEC --student SPEC --data SPEC
 

@@ -1,6 +1,8 @@
 """FitNets: the student's maps learn to predict the teacher's (a hint), beside the labels.
 
-Source: Romero et al., arXiv 1412.6550, eq. 3. Nothing is masked.
+Source: Romero et al., arXiv 1412.6550, eq. 3.
+
+Masked: nothing.
 
     stillhouse distill --method fitnet --teacher RUN_OR_SPEC --student SPEC --data SPEC --beta 100
 

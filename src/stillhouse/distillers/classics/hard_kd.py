@@ -1,6 +1,8 @@
 """Hard distillation: the teacher's most likely class is a second label.
 
-Source: DeiT, arXiv 2012.12877, eq. 3 (without its distillation token: one head learns from both labels). Nothing is masked.
+Source: DeiT, arXiv 2012.12877, eq. 3 (without its distillation token: one head learns from both labels).
+
+Masked: nothing.
 
     stillhouse distill --method hard_kd --teacher RUN_OR_SPEC --student SPEC --data SPEC
 """

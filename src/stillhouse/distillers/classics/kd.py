@@ -1,6 +1,8 @@
 """Knowledge distillation: the student matches the teacher's softened class probabilities.
 
-Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531. Nothing is masked.
+Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
+
+Masked: nothing.
 
     stillhouse distill --method kd --teacher RUN_OR_SPEC --student SPEC --data SPEC --temperature 4
 

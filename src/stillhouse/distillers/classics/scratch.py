@@ -2,7 +2,7 @@
 
     stillhouse distill --method scratch --student timm/vit_small_patch16_224 --data imagefolder:DIR
 
-Nothing is masked, and no paper is needed.
+Masked: nothing. No paper is needed.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from stillhouse.tasks.labels import label_losses
 
 
 class Scratch(Distiller):
-    """Plain training with the labels: class numbers or soft labels, masks, or boxes.
+    """Plain training with the labels: class numbers or soft labels, masks, boxes, or numbers to answer.
 
     Args:
-        student: a classifier, images [B, C, H, W] to logits [B, K]; a segmenter, to [B, K, h, w]; or a detector as torchvision's.
+        student: a classifier, images [B, C, H, W] to logits [B, K]; a segmenter, to [B, K, h, w]; a detector as torchvision's; or a network
+            that answers D numbers, to [B, D].
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("classify", "detect", "segment")
+    tasks: ClassVar[tuple[str, ...]] = ("classify", "detect", "segment", "regress")
     off: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
 
     def forward(self, batch: tuple[Any, Any], turn: str = "student") -> dict[str, Tensor]:
-        """`ce`: the cross-entropy; for a detector its own terms."""
+        """`ce`: the cross-entropy; for a detector its own terms; `mse`: the squared error of numbers."""
         return label_losses(self.student, batch)

@@ -4,7 +4,7 @@ Four terms a level. Inside and outside of the labelled boxes, apart: the squared
 whatever its size, places and channels weighing as the teacher attends to them. The difference of the two networks' attentions. And the
 difference of the maps after each has been given its global context by a block of its own, learned along and thrown away afterwards.
 
-Nothing is masked; what is compared is weighted, by the labelled boxes and by the teacher's attention.
+Masked: nothing; what is compared is weighted, by the labelled boxes and by the teacher's attention.
 Source: Yang et al., "Focal and Global Knowledge Distillation for Detectors", CVPR 2022, arXiv 2111.11837.
 
     stillhouse distill --method fgd --teacher RUN_OR_SPEC --student SPEC --data coco:DIR

@@ -1,0 +1,1 @@
+"""Networks that make images: how a teacher of many steps is trained, and how it becomes a student of few."""

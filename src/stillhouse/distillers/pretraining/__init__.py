@@ -1,0 +1,1 @@
+"""Distillation before there are labels."""
