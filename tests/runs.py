@@ -7,7 +7,7 @@ import dataclasses
 import shutil
 import signal
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import stillhouse as sh
-from stillhouse import distillers
+from stillhouse import distillers, tasks
 from stillhouse.data import Data, open_data
 from stillhouse.data.loading import eval_batches
 from stillhouse.distillers.base import Distiller
@@ -24,7 +24,7 @@ from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.session import input_of, open_student, transforms_of
 from stillhouse.training.loop import Loop
 from stillhouse.training.recipe import Recipe
-from tests.conftest import CLASSES, SIDE
+from tests.conftest import CLASSES, SIDE, tiny
 from tests.parts import OF_ITS_OWN, SMALL, networks_for
 
 STUDENT = "timm/vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=16,depth=1,num_heads=2"
@@ -74,7 +74,7 @@ def data_for(learner: Distiller) -> Data:
     if task in ("detect", "segment"):
         return dense_data(task)
     channels = len(getattr(preprocessing_of(learner.student), "mean", (0,)))
-    return dataclasses.replace(data() if channels == 1 else dense_data("classify"), task=task)
+    return dataclasses.replace(data() if channels == 1 and task != "generate" else dense_data("classify"), task=task)
 
 
 def loop(learner: Distiller, folder: Path, **recipe: Any) -> Loop:
@@ -85,7 +85,10 @@ def loop(learner: Distiller, folder: Path, **recipe: Any) -> Loop:
     transforms, settings = transforms_of(preprocessing, used, {}), Recipe(**RECIPE | recipe)
     torch.manual_seed(0)
     learner.prepare((images, targets) for _, images, targets in eval_batches(used.train, transforms[1], batch=16))
-    made = Loop(learner, used, transforms, preprocessing, settings, folder, {"method": type(learner).__name__})
+    task = tasks.find(used.task)
+    judged = {"judge": tiny(seed=5)} if task.judged else {}
+    metric = partial(task, used.classes, **judged)
+    made = Loop(learner, used, transforms, preprocessing, settings, folder, {"method": type(learner).__name__}, metric=metric)
     if resume:
         made.load()
     return made

@@ -36,7 +36,8 @@ def results(folder: Path, loop: Loop, metrics: dict[str, float]) -> dict[str, An
     rows = []
     for number, name in enumerate(loop.examined()):
         found = _of_task(loop, {key.removeprefix(f"{name}_") if number else key: value for key, value in metrics.items()})
-        rows.append({"row": f"{name} ({method})", **found, "step_ms": _step_ms(folder, recipe), **_cost(models.get(name, {}))})
+        who = name if name in loop.kept else "trained on the data"
+        rows.append({"row": f"{who} ({method})", **found, "step_ms": _step_ms(folder, recipe), **_cost(models.get(name, {}))})
     facts: dict[str, Any] = {"keep": None, "savings": None}
     if distiller.teacher is not None:
         network = distiller.teacher.model if isinstance(distiller.teacher, OnSomeTokens) else distiller.teacher

@@ -234,10 +234,11 @@ def test_the_teacher_sees_images_as_it_was_trained(name: str) -> None:
         told = ((0.4, 0.5, 0.6), (0.2, 0.25, 0.5), 32) if teaches else ((0.1, 0.2, 0.3), (0.5, 0.4, 0.3), 32)
         set_preprocessing(network, Preprocessing(*told))
     distiller, seen, seen_by_student = make(name, **networks), [], []
-    student, teacher = distiller.student, distiller.teacher
     entry = "backbone" if kind_of(name) == "segment" else "patch_embed"
-    teacher.get_submodule(entry).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    student.get_submodule(entry).register_forward_pre_hook(lambda module, inputs: seen_by_student.append(inputs[0]))
+    for role in set(distiller.frozen) & networks.keys() - {"student"}:
+        if hasattr(networks[role], entry):
+            networks[role].get_submodule(entry).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    networks["student"].get_submodule(entry).register_forward_pre_hook(lambda module, inputs: seen_by_student.append(inputs[0]))
     pictures, targets = batch(2, kind_of(name))
     terms_of(distiller, (pictures, targets))
 

@@ -22,6 +22,10 @@ CLAIM = (
     "if both stages earn their place: G2SD above the generic stage alone and above the specific one alone, those above plain training; the "
     "generic stage above pre-training the student by itself, and above copying the teacher's pixels."
 )
+SHOWED = (
+    "on Fashion-MNIST with 1,000 labels both stages together are above either alone and 3.4 ± 2.7 points above labels alone, near the "
+    "spread of three seeds; not shown: that the decoder's features teach more than its pixels"
+)
 
 
 class Painted(Generic):

@@ -27,6 +27,15 @@ METRICS: dict[str, dict[str, Measure]] = {
         "map_large": ("AP\nlarge", percent),
     },
     "segment": {"miou": ("mIoU", percent), "accuracy": ("pixels", percent), "agreement": ("agrees", percent)},
+    "encode": {"probe": ("probe", percent), "knn": ("k-NN", percent)},
+    "generate": {
+        "coverage": ("covers", percent),
+        "precision": ("precise", percent),
+        "recall": ("recall", percent),
+        "class_accuracy": ("class", percent),
+        "frechet": ("Fréchet", plain),
+    },
+    "regress": {"r2": ("explained", percent), "mse": ("MSE", plain)},
 }
 """What is said of each task, in few letters; the first decides. Not taken from `stillhouse.tasks`, which would load torch."""
 COSTS: dict[str, Measure] = {

@@ -24,6 +24,8 @@ NOT_LOSSES = {"step", "epoch", "lr", "images_per_second"}
 MOST_SKIPPED = 200
 MOST_CLASSES = 100
 MOST_COLOURS = 24
+COLOURED = ("detect", "segment")
+"""The tasks whose answers are drawn in the colours of the classes."""
 COLLAPSED = 0.05
 COSTS: list[Column] = [
     ("params", "parameters", si),
@@ -36,6 +38,7 @@ def render(run_dir: Path) -> str:
     """The whole page as HTML. The template engine escapes all that came from a user. Raises UserError when `run_dir` is no run."""
     record = read_record(run_dir)
     train, val = read_columns(run_dir / "train.csv"), read_columns(run_dir / "val.csv")
+    watch = read_columns(run_dir / "watch.csv")
     baseline_val = read_columns(run_dir / "baseline" / "val.csv")
     task = find(task_of(record))
     rows = results(record, val, baseline_val, task.headline)
@@ -60,9 +63,10 @@ def render(run_dir: Path) -> str:
         class_title=f"{task.per_class} of each class",
         **class_table(run_dir, record, rows),
         charts=charts(record, rows, train, val, baseline_val, task),
-        mask_charts=mask_charts(read_columns(run_dir / "watch.csv")),
+        mask_charts=mask_charts(watch),
+        watched="What the masks do" if any(name.startswith(tuple(MASK_CHARTS)) for name in watch) else "What the method watches",
         cards=picture_cards(snapshots, [str(name) for name in data.get("classes") or []]),
-        legend=legend(snapshots, [str(name) for name in data.get("classes") or []]),
+        legend=legend(snapshots, [str(name) for name in data.get("classes") or []]) if task_of(record) in COLOURED else [],
         masks_left_out=masks_left_out(snapshots),
         moments=moments([snapshot.step for snapshot in snapshots], str(record.get("status"))),
         settings=settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else "",

@@ -44,7 +44,7 @@ class Generate(Task):
         "class_accuracy": "of the class asked for",
         "frechet": "Fréchet distance, squared features",
     }
-    per_class: ClassVar[str] = "of the class asked for"
+    per_class: ClassVar[str] = "accuracy"
     judged: ClassVar[bool] = True
 
     real: list[Tensor]

@@ -340,7 +340,8 @@ class Loop:
         on = on_device(targets, self.accelerator.device)
         classes, draw, ask = self.data.classes, self.task.draw, self.metric().ask
         student = next(iter(self.examined().values())).eval()
-        drawn = {"labels": draw(pictures, targets, classes), "student": draw(pictures, ask(student, images, on), classes)}
+        drawn = {"labels": draw(pictures, targets, classes)} if self.data.task != "generate" else {}
+        drawn["student"] = draw(pictures, ask(student, images, on), classes)
         if self.distiller.teacher is not None:
             whole = nn.Sequential(self.distiller.refeed, self.distiller.teacher)
             drawn["teacher"] = draw(pictures, ask(whole, images, on), classes)
@@ -430,7 +431,9 @@ def compiled_part(network: nn.Module) -> nn.Module:
 
 def _mixing(data: Data, recipe: Recipe) -> Mixup | None:
     if (data.task != "classify" or data.inputs != "images") and (recipe.mixup or recipe.cutmix or recipe.smoothing):
-        raise UserError(f"mixup, cutmix and smoothing are for images to classify, and '{data.name}' is to {data.task}: leave them out")
+        raise UserError(
+            f"mixup, cutmix and smoothing are for images to classify, and '{data.name}' has {data.inputs} to {data.task}: leave them out"
+        )
     return mixing(len(data.classes), mixup=recipe.mixup, cutmix=recipe.cutmix, smoothing=recipe.smoothing)
 
 

@@ -8,7 +8,7 @@ judged on whole graphs. No gradient takes part and no teacher, and one list serv
 Masked: nothing. Only trees that are rare, and those without a neighbour, are left out.
 Source: Gupta et al., "Mirage: Model-Agnostic Graph Distillation for Graph Classification", ICLR 2024, arXiv 2310.09486.
 
-    stillhouse distill --method mirage --student pyg/gin:hidden=32,layers=2 --data motifs
+    stillhouse distill --method mirage --student pyg/gin:hidden=32,layers=2 --data motifs --budget 4000
 
 Sure: trees, canonical labels, itemsets by class, forests, sampling, the sum over roots. The code's thresholds are counts for each data set.
 Our reading: `theta` is a share of the class's graphs (or a count); `budget` seeks the smallest share whose list, with its trees, takes no
