@@ -27,7 +27,13 @@ def _of_g2sd(seed: int) -> dict[str, nn.Module]:
 
 OF_ITS_OWN: dict[str, Callable[[int], dict[str, nn.Module]]] = {"g2sd": _of_g2sd}
 """The networks of methods that want others than their task says, by name and as a function of a seed."""
-SMALL = {"krr_st": {"pairs": 4, "pool": 2, "life": 3, "examined_epochs": 1}}
+DECODER = {"decoder_width": 24, "decoder_depth": 2, "decoder_heads": 2}
+SMALL: dict[str, dict[str, Any]] = {
+    "krr_st": {"pairs": 4, "pool": 2, "life": 3, "examined_epochs": 1},
+    "barlow_twins": {"width": 32},
+    "mae": DECODER,
+    "dmae": DECODER,
+}
 """Settings of methods whose defaults are too large for a test."""
 NEEDS = {"mirage": "torch_geometric"}
 NO_MEAN = {"barlow_twins": "it compares the images of a batch with each other"}

@@ -20,8 +20,8 @@ from stillhouse import distillers, tasks
 from stillhouse.data import Data, open_data
 from stillhouse.data.loading import eval_batches
 from stillhouse.distillers.base import Distiller
+from stillhouse.fitting import input_of, open_student, transforms_of
 from stillhouse.models.preprocessing import preprocessing_of
-from stillhouse.session import input_of, open_student, transforms_of
 from stillhouse.training.loop import Loop
 from stillhouse.training.recipe import Recipe
 from tests.conftest import CLASSES, SIDE, tiny
@@ -64,7 +64,7 @@ def distiller(name: str, **settings: Any) -> Distiller:
     torch.manual_seed(0)
     if kind.tasks[0] == "classify" and not distillers.others(name) and name not in OF_ITS_OWN:
         teacher = {} if "teacher" not in distillers.networks(name) else {"teacher": network(TEACHER, 1)}
-        return kind(network(), **teacher, **settings)
+        return kind(network(), **teacher, **SMALL.get(name, {}), **settings)
     return kind(**networks_for(name), **SMALL.get(name, {}), **settings)
 
 

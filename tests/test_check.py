@@ -18,9 +18,9 @@ from stillhouse.data.transforms import eval_transform
 from stillhouse.distillers.base import Distiller
 from stillhouse.distillers.classics.kd import KD
 from stillhouse.errors import UserError
+from stillhouse.fitting import input_of
 from stillhouse.models.opening import open_model
 from stillhouse.models.preprocessing import Preprocessing, set_preprocessing
-from stillhouse.session import input_of
 from tests.runs import STUDENT, TEACHER, assert_equal, data, network, teacher
 
 

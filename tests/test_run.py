@@ -24,8 +24,8 @@ from stillhouse.data.loading import eval_batches, train_batches
 from stillhouse.data.transforms import eval_transform, train_transform
 from stillhouse.distillers.base import Distiller, Stage
 from stillhouse.distillers.classics.scratch import Scratch
+from stillhouse.fitting import OWN, input_of
 from stillhouse.models.weights import weights_hash
-from stillhouse.session import OWN, input_of
 from stillhouse.training.log import read_table
 from tests.runs import DATA, RECIPE, STUDENT, assert_equal, data, distil, distiller, interrupt, loop, network, teacher, weights
 

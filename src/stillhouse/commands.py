@@ -135,12 +135,13 @@ def evaluate(
     from stillhouse.data import open_data
     from stillhouse.data.loading import eval_batches
     from stillhouse.errors import UserError
+    from stillhouse.fitting import fit_of, input_of, transforms_of
     from stillhouse.models.opening import open_model
     from stillhouse.run_folder import read_facts, read_settings
-    from stillhouse.session import fit_of, input_of, open_judge, trained_judge, transforms_of
+    from stillhouse.session import open_judge, trained_judge
     from stillhouse.training.evaluation import evaluate as measure
     from stillhouse.training.evaluation import learnt
-    from stillhouse.training.loop import on_cpu
+    from stillhouse.training.processes import on_cpu
 
     folder = Path(run) if (Path(run) / "settings.yaml").is_file() or not (Path(run) / "config.json").is_file() else Path(run).parent
     settings = read_settings(folder / "settings.yaml")

@@ -114,7 +114,7 @@ def embedded_teacher(task: TaskName, beside: Path, train: Callable[..., Any], sm
 def _refuse_what_cannot_work(method: str | type[Distiller], task: TaskName, given: dict[str, Any]) -> None:
     from stillhouse import distillers
     from stillhouse.data import open_data
-    from stillhouse.session import open_student, refuse_other_task, split_settings
+    from stillhouse.fitting import open_student, refuse_other_task, split_settings
 
     job = JOBS[task]
     _, _, settings = split_settings(method, given)

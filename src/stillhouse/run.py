@@ -77,8 +77,8 @@ def distill(
         teacher: timm/NAME, torchvision/NAME, transformers/NAME_OR_PATH or smp/NAME, each with options (timm/NAME:img_size=28,depth=4); a
             run folder; or in Python a module.
         student: likewise.
-        data: digits, fashion-mnist, imagefolder:DIR or hf:DIR_OR_NAME to classify, coco:DIR or voc:DIR to detect, masks:DIR or
-            cityscapes:DIR to segment, scenes for either, each with options; a run whose product is a data set; or in Python a
+        data: digits, fashion-mnist, animal-mnist, imagefolder:DIR or hf:DIR_OR_NAME to classify, coco:DIR or voc:DIR to detect, masks:DIR
+            or cityscapes:DIR to segment, scenes for either, each with options; a run whose product is a data set; or in Python a
             `stillhouse.data.Data`.
         unlabelled: more images, for a method with a stage that needs no labels; by default those of the data.
         task: classify, detect or segment (encode, generate, regress), where data and method allow several; by default what they are for.

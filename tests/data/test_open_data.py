@@ -61,7 +61,7 @@ def test_what_is_wrong_with_a_users_data_is_said(changes: dict[str, object], say
     [
         ("digit", "unknown data set 'digit', did you mean 'digits'?"),
         ("fashion_mnist:train=3", "did you mean 'fashion-mnist'?"),
-        ("xyzzy", "expected one of digits, fashion-mnist, imagefolder:DIR, hf:DIR_OR_NAME"),
+        ("xyzzy", "expected one of digits, fashion-mnist, animal-mnist, imagefolder:DIR, hf:DIR_OR_NAME"),
         ("digits:canvs=16", "'digits' has no option 'canvs', did you mean 'canvas'?"),
         ("digits:canvas=big", "canvas='big' is no int"),
         ("digits:canvas=true", "canvas=True is no int"),

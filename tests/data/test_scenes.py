@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import pickle
-import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -12,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.data import fashion_mnist, installed, open_data, scenes, sprites
+from stillhouse.data import animal_mnist, fashion_mnist, installed, open_data, scenes, sprites
 from stillhouse.data.scenes import Scenes, open_scenes
 from stillhouse.errors import UserError
 
@@ -180,18 +176,6 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         open_scenes("sprites=fashion-mnist")
 
 
-def test_a_pickle_may_hold_an_array_and_nothing_else(tmp_path: Path) -> None:
-    array, path = np.arange(6, dtype=np.uint8).reshape(2, 3), tmp_path / "array.gz"
-    path.write_bytes(gzip.compress(pickle.dumps(array, protocol=4)))
-    assert np.array_equal(sprites._read_array(path), array)
-    for content in (gzip.compress(pickle.dumps(shutil.rmtree)), gzip.compress(pickle.dumps([1])), b"no gzip", gzip.compress(b"no pickle")):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"array.gz' (is damaged|holds a list)"):
-            sprites._read_array(path)
-    with pytest.raises(pickle.UnpicklingError, match=r"it names shutil.rmtree"):
-        sprites._ArrayUnpickler(io.BytesIO(pickle.dumps(shutil.rmtree))).load()
-
-
 @pytest.mark.skipif(not has("animal-mnist"), reason="needs animal-mnist: pip install --no-deps animal-mnist")
 def test_animals_are_all_different() -> None:
     animals = sprites.open_sprites("animals")
@@ -199,7 +183,7 @@ def test_animals_are_all_different() -> None:
     assert len(shapes) == len(rows(shapes)) == 9716
     assert set(np.unique(animals.val[1])) == set(range(10))
     data = open_scenes("sprites=animals,classes=10,train=5,val=5", task="detect")
-    assert data.classes == sprites.ANIMALS
+    assert data.classes == animal_mnist.CLASSES
     assert isinstance(data.val, Scenes)
 
 

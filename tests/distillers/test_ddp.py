@@ -12,16 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, multiprocessing
 
-from stillhouse.distillers.base import Distiller
+from stillhouse.distillers.base import Clock, Distiller
 from stillhouse.distillers.classics.fitnet import FitNet
 from stillhouse.distillers.dense.acam_kd import ACAMKD
 from stillhouse.distillers.supervised.masked_kd import MaskedKD
 from stillhouse.randomness import samples
 from tests.conftest import boxes, images, labels, masks, tiny, tiny_detector, tiny_segmenter
+from tests.parts import make
 
 STEPS, BATCH = 2, 8
 RATES = {"segment": 1e-2, "detect": 1e-3}
 """Of the steps; 0.1 where nothing is said."""
+OTHERS = ("mae", "dmae", "g2sd", "dml", "flow", "decoupled_dmd", "krr_st")
+"""Methods that are tried with their defaults, on the networks of `parts`."""
 
 
 def methods() -> dict[str, Distiller]:
@@ -33,6 +36,7 @@ def methods() -> dict[str, Distiller]:
         "hints": FitNet(tiny(**student), tiny(**teacher), beta=1.0),
         "segment": ACAMKD(tiny_segmenter(1), tiny_segmenter(2, width=16)),
         "detect": ACAMKD(tiny_detector(1), tiny_detector(2, width=16)),
+        **{name: make(name) for name in OTHERS},
     }
 
 
@@ -49,16 +53,19 @@ def train(name: str, distiller: Distiller, call: Any, shard: int, shards: int) -
     found = {}
     part = slice(shard * BATCH // shards, (shard + 1) * BATCH // shards)
     for step in range(STEPS):
-        with samples(0, step, torch.arange(BATCH)[part]):
-            terms = call(batch(name, step, part))
-        sum(terms.values()).backward()
-        with torch.no_grad():
-            for key, parameter in distiller.named_parameters():
-                if parameter.grad is not None:
-                    if step == 0:
-                        found[f"gradient of {key}"] = parameter.grad.clone()
-                    parameter -= RATES.get(name, 0.1) * parameter.grad
-                    parameter.grad = None
+        for turn in dict.fromkeys(turn.name for turn in distiller.turns()):
+            with samples(0, step, torch.arange(BATCH)[part]):
+                terms = call(batch(name, step, part), turn)
+            sum(terms.values()).backward()
+            with torch.no_grad():
+                for key, parameter in distiller.named_parameters():
+                    if parameter.grad is not None:
+                        if step == 0:
+                            found[f"gradient of {key} in {turn}"] = parameter.grad.clone()
+                        parameter -= RATES.get(name, 0.1) * parameter.grad
+                        parameter.grad = None
+        torch.manual_seed(step)
+        distiller.after_update(Clock(step + 1, STEPS, 0, 1))
     return found | {key: value for key, value in distiller.state_dict().items() if key != "_extra_state"}
 
 
@@ -67,7 +74,8 @@ def work(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name, distiller in methods().items():
-        wrapped = torch.nn.parallel.DistributedDataParallel(distiller.train())
+        several = len({turn.name for turn in distiller.turns()}) > 1
+        wrapped = torch.nn.parallel.DistributedDataParallel(distiller.train(), find_unused_parameters=several)
         found = train(name, distiller, wrapped, rank, 2)
         assert not [key for key in wrapped.state_dict() if "teacher" in key]
         wrapped.load_state_dict(wrapped.state_dict())
@@ -85,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["soft", "random", "hints", "segment", "detect"])
+@pytest.mark.parametrize("name", ["soft", "random", "hints", "segment", "detect", *OTHERS])
 def test_two_processes_are_one(folder: Path, name: str) -> None:
     distiller = methods()[name].train()
     whole = train(name, distiller, distiller, 0, 1)

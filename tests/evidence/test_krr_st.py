@@ -13,6 +13,7 @@ from torch import nn
 
 from stillhouse.distillers.base import Clock
 from stillhouse.distillers.condensation.krr_st import KRRST
+from stillhouse.evidence import krr_st
 from stillhouse.evidence.krr_st import (
     EXPERIMENTS,
     NETWORKS,
@@ -97,15 +98,22 @@ def tiny() -> Condensation:
     recipe = full.recipe | {"epochs": 1, "batch": 16, "pairs": 4, "life": 2, "examined_epochs": 1, "eval_every": 1}
     taught = full.teacher_recipe | {"epochs": 1, "batch": 16, "eval_every": 1, "width": 8}
     learning = full.learning | {"epochs": 1}
-    return replace(full, data="digits:train=64", recipe=recipe, teacher_recipe=taught, learning=learning, ways=(WAYS[0], WAYS[2]))
+    return replace(
+        full, data="digits:train=64", recipe=recipe, teacher_recipe=taught, learning=learning, ways=(WAYS[0], WAYS[2]), others="digits"
+    )
 
 
-def test_the_experiment_tells_every_way_and_is_not_run_again(tiny: Condensation, tmp_path: Path) -> None:
+def test_the_experiment_tells_every_way_and_is_not_run_again(tiny: Condensation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(krr_st, "DRAWS", 2)
+    monkeypatch.setattr(krr_st, "STEPS", 2)
     found = tiny.run(tmp_path, range(2), smoke=False)
     text = "\n".join(found.table())
     for name in (*NETWORKS, "KRR-ST", "fresh networks, untrained", WAYS[0].name):
         assert name in text
     assert "seeds 0, 1" in text
+    assert "on 5 labels a class of `digits`, classes that neither" in text
+    assert text.count("| fine-tuned on other classes, % |") == len(NETWORKS)
+    assert all(0 < row[f"{name}/tuned"] < 1 for rows in found.rows.values() for row in rows for name in NETWORKS)
     assert [len(rows) for rows in found.rows.values()] == [2, 2, 2]
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     assert tiny.run(tmp_path, range(2), smoke=False).rows == found.rows

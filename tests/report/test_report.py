@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from sample_run import RECORD, SETTINGS, write_rows, write_sample_run
 
 from stillhouse.errors import UserError
@@ -179,3 +180,24 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, text: str | None, sa
     with pytest.raises(UserError, match=said):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_data_set_that_a_run_made_is_shown(run: Path) -> None:
+    assert "What was made" not in write_report(run).read_text()
+    (run / "data").mkdir()
+    Image.new("L", (8, 8), 128).save(run / "data" / "images.png")
+    page = write_report(run).read_text()
+    assert "What was made" in page
+    assert page.count('class="sheet" src="data:image/png;base64,') == 1
+
+
+def test_a_second_student_is_named_and_has_its_row_and_its_curve(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    record["models"]["partner"] = {"name": "timm/partner", "params": 7}
+    record["result"].insert(2, {"row": "partner (dml)", "top1": 0.25, "params": 7})
+    (run / "run.json").write_text(json.dumps(record))
+    write_rows(run / "val.csv", [{"step": step, "epoch": step, "top1": 0.5, "partner_top1": 0.2 + step / 100} for step in (1, 2, 3, 4, 5)])
+    page = write_report(run).read_text()
+    assert "timm/partner" in page
+    assert re.search(r"partner 25\.0\s%", page)
+    assert re.search(r"partner\s*<b>25\.0", page)

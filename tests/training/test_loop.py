@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from stillhouse.data.loading import train_batches
 from stillhouse.data.transforms import train_transform
 from stillhouse.distillers.base import Clock, Distiller, Turn
+from stillhouse.fitting import input_of
 from stillhouse.losses.logits import cross_entropy
 from stillhouse.models.outputs import logits_of
-from stillhouse.session import input_of
 from tests.runs import RECIPE, assert_equal, data, distiller, loop, network, weights
 
 EPOCHS, BATCH, PER_EPOCH, LR, MIN_LR, DECAY = 3, 16, 4, 1e-2, 1e-5, 0.05

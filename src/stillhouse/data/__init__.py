@@ -26,7 +26,8 @@ OF_CLASSES = ("classify", "encode", "generate")
 IGNORED = 255
 """The value of a mask's pixels that nobody is judged by."""
 FORMS = {
-    **{"digits": "digits", "fashion-mnist": "fashion-mnist", "imagefolder": "imagefolder:DIR", "hf": "hf:DIR_OR_NAME"},
+    **{"digits": "digits", "fashion-mnist": "fashion-mnist", "animal-mnist": "animal-mnist"},
+    **{"imagefolder": "imagefolder:DIR", "hf": "hf:DIR_OR_NAME"},
     **{"scenes": "scenes", "coco": "coco:DIR", "voc": "voc:DIR", "masks": "masks:DIR", "cityscapes": "cityscapes:DIR"},
     **{"deepforest": "deepforest", "histolytics": "histolytics", "contexts": "contexts", "motifs": "motifs", "b3db": "b3db"},
 }
@@ -173,8 +174,9 @@ def _length(dataset: Any) -> int:
 def open_data(spec: str | Data, *, seed: int = 0, bad_data: BadData = "refuse", task: TaskName | None = None) -> Data:
     """Open a data set by its spec; a `Data` passes through.
 
-    To classify: `digits`, `fashion-mnist`, `imagefolder:DIR`, `hf:DIR_OR_NAME`. To detect: `coco:DIR`, `voc:DIR`, `deepforest`. To segment:
-    `masks:DIR`, `cityscapes:DIR`, `histolytics`, `contexts`. To do either of the last two: `scenes`. Graphs to classify: `motifs`, `b3db`.
+    To classify: `digits`, `fashion-mnist`, `animal-mnist`, `imagefolder:DIR`, `hf:DIR_OR_NAME`. To detect: `coco:DIR`, `voc:DIR`,
+    `deepforest`. To segment: `masks:DIR`, `cityscapes:DIR`, `histolytics`, `contexts`. To do either of the last two: `scenes`. Graphs to
+    classify: `motifs`, `b3db`.
     What is there to classify can also be encoded or generated. A run whose product is a data set: its folder. Each takes options after a
     colon: `digits:canvas=16,clutter=2,train=300`, `scenes:size=64,task=segment`, `imagefolder:DIR:val=0.1` (see this package's modules).
 

@@ -43,8 +43,8 @@ def open_fashion_mnist(text: str, *, seed: int = 0) -> Data:
     within("channels", channels, 1, 3)
     folder = _folder(options.get("root"), options.get("download", False))
     train_images, train_labels, val_images, val_labels = (_read_idx(folder, name) for name in FILES)
-    train = _part(train_images, train_labels, size, channels, options.get("train"), (seed, "fashion-mnist", "train"))
-    val = _part(val_images, val_labels, size, channels, options.get("val"), ("fashion-mnist", "val"))
+    train = part_of(train_images, train_labels, size, channels, options.get("train"), (seed, "fashion-mnist", "train"))
+    val = part_of(val_images, val_labels, size, channels, options.get("val"), ("fashion-mnist", "val"))
     return Data(
         name=f"fashion-mnist:{text}" if text else "fashion-mnist",
         train=train,
@@ -58,10 +58,15 @@ def open_fashion_mnist(text: str, *, seed: int = 0) -> Data:
     )
 
 
-def _part(images: Tensor, labels: Tensor, size: int, channels: int, count: int | None, where: tuple[int | str, ...]) -> Arrays:
+def part_of(images: Tensor, labels: Tensor, size: int, channels: int, count: int | None, where: tuple[int | str, ...]) -> Arrays:
+    """Grey images uint8 [N, H, W] as a data set: `count` of them, drawn by `where`, whose last word is the option's name, or all.
+
+    Raises:
+        UserError: unless there are so many, and at least one for each class.
+    """
     labels = labels.long()
     if count is not None:
-        within(str(where[-1]), count, len(CLASSES), len(labels))
+        within(str(where[-1]), count, len(labels.unique()), len(labels))
         chosen = subset(labels, count, *where)
         images, labels = images[chosen], labels[chosen]
     images = images.unsqueeze(1)

@@ -5,12 +5,7 @@ Those that train and those that validate are different ones, the same whatever t
 
 from __future__ import annotations
 
-import gzip
-import io
-import pickle
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +13,12 @@ import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
+from stillhouse.data.animal_mnist import CLASSES, split_animals
 from stillhouse.data.fashion_mnist import open_fashion_mnist
-from stillhouse.data.installed import installed_files
 from stillhouse.data.splits import split
 from stillhouse.errors import UserError, nearest
 
 VAL_SHARE = 0.4
-ANIMALS = ["bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra"]
-ANIMAL_FILES = tuple(f"animal_mnist/data/Animal_MNIST/animal_{what}_version_3.gz" for what in ("data", "label"))
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class Sprites:
 
 
 def open_sprites(name: str) -> Sprites:
-    """`digits` (scikit-learn's, 8 x 8), `fashion-mnist` (28 x 28, split as published) or `animals` (animal-mnist on PyPI, 28 x 28).
+    """`digits` (scikit-learn's, 8 x 8), `fashion-mnist` (28 x 28, split as published) or `animals` (28 x 28, split as `animal-mnist`).
 
     Raises:
         UserError: for another name, or if the files are not on this machine (says how to get them) or damaged.
@@ -74,15 +67,8 @@ def _fashion_mnist() -> Sprites:
 
 
 def _animals() -> Sprites:
-    """9,716 silhouettes once the repeated ones are left out; some are still nearly alike (one animal, moved by a pixel)."""
-    shapes, labels = (_read_array(path) for path in installed_files("animal-mnist", *ANIMAL_FILES, need="sprites=animals"))
-    if shapes.dtype != np.uint8 or shapes.shape != (10_000, 28, 28) or labels.shape != (10_000,):
-        raise UserError(
-            f"the installed animal-mnist holds {shapes.dtype} {shapes.shape}, expected uint8 (10000, 28, 28): install version 0.4"
-        )
-    _, first = np.unique(shapes.reshape(len(shapes), -1), axis=0, return_index=True)
-    first.sort()
-    return _split(shapes[first], labels[first].astype(np.int64), ANIMALS, level=8, degrees=30, mirrored=True)
+    train, val = ((images.numpy(), labels.numpy()) for images, labels in split_animals("sprites=animals"))
+    return Sprites(train, val, CLASSES, level=8, degrees=30, mirrored=True)
 
 
 _KINDS = {"digits": _digits, "fashion-mnist": _fashion_mnist, "animals": _animals}
@@ -91,26 +77,3 @@ _KINDS = {"digits": _digits, "fashion-mnist": _fashion_mnist, "animals": _animal
 def _split(shapes: NDArray[np.uint8], labels: NDArray[np.int64], names: list[str], *, level: int, degrees: int, mirrored: bool) -> Sprites:
     train, val = split(torch.from_numpy(labels), VAL_SHARE, "scenes", "sprites")
     return Sprites((shapes[train], labels[train]), (shapes[val], labels[val]), names, level, degrees, mirrored)
-
-
-def _read_array(path: Path) -> NDArray[Any]:
-    try:
-        array = _ArrayUnpickler(io.BytesIO(gzip.decompress(path.read_bytes()))).load()
-    except (OSError, EOFError, ValueError, TypeError, zlib.error, pickle.UnpicklingError) as error:
-        raise UserError(f"'{path}' is damaged ({error}): install it again") from error
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"'{path}' holds a {type(array).__name__}, expected an array: install it again")
-    return array
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and nothing else: a pickle may name three things of numpy's, so that it cannot run anything."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            return np.dtype
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.zeros(0).__reduce__()[0]
-        raise pickle.UnpicklingError(f"it names {module}.{name}")

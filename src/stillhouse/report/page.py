@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stillhouse.report.chart import Chart, Line, chart
 from stillhouse.report.numbers import change, duration, known, milliseconds, percent, plain, points, si
-from stillhouse.report.pictures import Snapshot, masks_left_out, picture_cards, read_snapshots
+from stillhouse.report.pictures import Snapshot, masks_left_out, picture_cards, read_snapshots, sheet
 from stillhouse.report.run_folder import Columns, last, read_columns, read_record, results, row_of, task_of
 from stillhouse.tasks import find
 
@@ -65,6 +65,7 @@ def render(run_dir: Path) -> str:
         charts=charts(record, rows, train, val, baseline_val, task),
         mask_charts=mask_charts(watch),
         watched="What the masks do" if any(name.startswith(tuple(MASK_CHARTS)) for name in watch) else "What the method watches",
+        sheet=sheet(run_dir),
         cards=picture_cards(snapshots, [str(name) for name in data.get("classes") or []]),
         legend=legend(snapshots, [str(name) for name in data.get("classes") or []]) if task_of(record) in COLOURED else [],
         masks_left_out=masks_left_out(snapshots),
@@ -107,6 +108,8 @@ def sentence(record: Record, rows: list[Record], val: Columns, task: type[Task])
         text += f", {points(student - baseline)} points over labels only"
     if known(teacher):
         text += f", teacher {percent(teacher)}"
+    for row in [row for row in rows if row["role"] == "student"][1:]:
+        text += f", {row['row'].partition(' (')[0]} {percent(row.get(task.headline))}"
     if kept(record):
         text += f"; the teacher computed on {kept(record)}"
         saved = record.get("savings") or {}
@@ -140,9 +143,10 @@ def class_table(run_dir: Path, record: Record, rows: list[Record]) -> dict[str, 
 
 
 def who(record: Record) -> list[tuple[str, str]]:
-    """The teacher, the student and the data, as far as they are named: (role, name)."""
+    """The teacher, the student, what else was kept, and the data, as far as they are named: (role, name)."""
     models, data = record.get("models") or {}, record.get("data") or {}
-    named = {role: (models.get(role) or {}).get("name") for role in ("teacher", "student")} | {"data": data.get("name")}
+    roles = ["teacher", "student", *(role for role in models if role not in ("teacher", "student", "data", "autoencoder"))]
+    named = {role: (models.get(role) or {}).get("name") for role in roles} | {"data": data.get("name")}
     return [(role, str(name)) for role, name in named.items() if name]
 
 
@@ -167,6 +171,8 @@ def charts(record: Record, rows: list[Record], train: Columns, val: Columns, bas
     terms += [name.removeprefix("val_") for name in val if name.startswith("val_") and name.removeprefix("val_") not in terms]
     style = {"total": "total"} | {name: f"term-{i % 6}" for i, name in enumerate(name for name in terms if name != "total")}
     reached = [curve("student", "student", val, key, 100), curve("student, labels only", "baseline", baseline_val, key, 100)]
+    beside = [name for name in val if name.endswith(f"_{key}") and name != f"teacher_{key}"]
+    reached += [curve(name.removesuffix(f"_{key}"), f"term-{i}", val, name, 100) for i, name in enumerate(beside)]
     shown = [curve(f"teacher on {kept(record)}", "teacher", val, "teacher_top1", 100)] if kept(record) else []
     curriculum = "The teacher's own accuracy on the patches it was shown. The paper saw it rise as the student learns to look."
     found = [

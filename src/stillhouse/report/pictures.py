@@ -236,3 +236,9 @@ def photograph(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=DRAWN_QUALITY, optimize=True, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def sheet(run_dir: Path) -> str:
+    """The picture of the images that a run has made, as a data URI; "" if it made none."""
+    path = run_dir / "data" / "images.png"
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""

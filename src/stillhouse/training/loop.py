@@ -13,22 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType, parse_flag_from_env
 from safetensors.torch import save_file
 from timm.data.mixup import Mixup
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchvision.transforms.functional import resize
 
 from stillhouse import tasks
 from stillhouse.data import OF_CLASSES, Data
 from stillhouse.data.loading import TrainBatches, eval_batches, mixing
 from stillhouse.distillers.base import Clock, Distiller
-from stillhouse.errors import UserError, nearest
+from stillhouse.errors import UserError
 from stillhouse.interrupted import Interrupted
 from stillhouse.models.detectors import is_detector
 from stillhouse.models.preprocessing import Preprocessing
@@ -47,6 +41,8 @@ from stillhouse.training.evaluation import evaluate, learnt
 from stillhouse.training.interrupt import Interruption
 from stillhouse.training.log import REMEDY, Diverged, Table, Terms, read_table
 from stillhouse.training.optim import Player, players_of
+from stillhouse.training.pictures import small, undone
+from stillhouse.training.processes import accelerator_for
 from stillhouse.training.progress import Progress
 from stillhouse.training.recipe import Recipe
 
@@ -54,8 +50,6 @@ LOG = logging.getLogger("stillhouse")
 SMOKE_STEPS, SMOKE_BATCHES, PICTURES = 4, 2, 6
 DRAWN = ("detect", "segment", "generate")
 """The tasks whose answers are drawn over the images."""
-SHOWN = 400
-"""Pixels of the longer side of a stored picture."""
 
 
 class Loop:
@@ -321,7 +315,7 @@ class Loop:
         self.distiller.eval()
         torch.manual_seed(seed_from(self.recipe.seed, "look", step))
         maps = self.distiller.look((seen_images, seen_targets))
-        pictures = self.undo(images)
+        pictures = undone(images, self.preprocessing)
         tensors = {"images": small(pictures), **{name: value.float().cpu() for name, value in maps.items()}}
         if self.data.task in OF_CLASSES:
             tensors["labels"] = targets
@@ -346,13 +340,6 @@ class Loop:
             whole = nn.Sequential(self.distiller.refeed, self.distiller.teacher)
             drawn["teacher"] = draw(pictures, ask(whole, images, on), classes)
         return {f"drawn/{name}": small(each) for name, each in drawn.items()}
-
-    def undo(self, images: Any) -> Tensor:
-        """Pictures uint8 [n, C, H, W] from what the student takes; those of several sizes lie in the upper left of the largest."""
-        height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.preprocessing.mean, self.preprocessing.std))
-        pictures = [((image * std + mean) * 255).round().clamp(0, 255).byte() for image in images]
-        return torch.stack([F.pad(picture, (0, width - picture.shape[-1], 0, height - picture.shape[-2])) for picture in pictures])
 
     def write(self, table: Table, row: dict[str, float]) -> None:
         """A row for the CSV file and the trackers."""
@@ -417,12 +404,6 @@ class Loop:
             terms.restore(on_device(parts[part], self.accelerator.device))
 
 
-def small(pictures: Tensor) -> Tensor:
-    """uint8 [n, C, H, W] with sides of at most `SHOWN` pixels: pictures are to be looked at, not to be learnt from."""
-    share = SHOWN / max(pictures.shape[-2:])
-    return pictures if share >= 1 else resize(pictures, [max(1, round(side * share)) for side in pictures.shape[-2:]], antialias=True)
-
-
 def compiled_part(network: nn.Module) -> nn.Module:
     """What of a network is worth compiling: of a detector its backbone, for what follows has other shapes for other boxes."""
     parts = dict(network.named_modules()) if is_detector(network) else {}
@@ -435,48 +416,6 @@ def _mixing(data: Data, recipe: Recipe) -> Mixup | None:
             f"mixup, cutmix and smoothing are for images to classify, and '{data.name}' has {data.inputs} to {data.task}: leave them out"
         )
     return mixing(len(data.classes), mixup=recipe.mixup, cutmix=recipe.cutmix, smoothing=recipe.smoothing)
-
-
-def accelerator_for(recipe: Recipe, folder: Path, turns: int = 1) -> Accelerator:
-    """Accelerate's view of this machine or cluster, as `accelerate launch` or torchrun set it up.
-
-    Raises:
-        UserError: if the precision asked for does not work here, or a tracker is unknown or not installed.
-    """
-    AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
-    if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("precision fp16 needs a CUDA device; use bf16 or fp32 here")
-    return Accelerator(
-        cpu=on_cpu(),
-        mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
-        log_with=trackers_of(recipe) or None,
-        project_dir=folder / "curves",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=turns > 1)],
-    )
-
-
-def on_cpu() -> bool:
-    """Whether to compute on CPUs: there is nothing better, or Accelerate's own switch says so.
-
-    Accelerate counts several processes without a GPU as one each unless it is told; they would all write the same folder.
-    """
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def trackers_of(recipe: Recipe) -> list[str]:
-    """The trackers asked for, all of them known to Accelerate and installed.
-
-    Raises:
-        UserError: if one is not.
-    """
-    known, installed = LoggerType.list(), [str(each) for each in get_available_trackers()]
-    trackers = [name.strip() for name in recipe.trackers.split(",") if name.strip() not in ("", "none")]
-    for name in trackers:
-        if name not in known:
-            raise UserError(f"there is no tracker '{name}'{nearest(name, known)}; use none, or some of {', '.join(known)}")
-        if name not in installed:
-            raise UserError(f"the tracker {name} is not installed: pip install {name}, or use another with --trackers")
-    return trackers
 
 
 def refuse_unless_finite(distiller: Distiller, step: int) -> None:

@@ -1,0 +1,56 @@
+"""Processes, devices, precision and trackers, as Accelerate knows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, parse_flag_from_env
+
+from stillhouse.errors import UserError, nearest
+from stillhouse.training.recipe import Recipe
+
+
+def accelerator_for(recipe: Recipe, folder: Path, turns: int = 1) -> Accelerator:
+    """Accelerate's view of this machine or cluster, as `accelerate launch` or torchrun set it up.
+
+    Raises:
+        UserError: if the precision asked for does not work here, or a tracker is unknown or not installed.
+    """
+    AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision fp16 needs a CUDA device; use bf16 or fp32 here")
+    return Accelerator(
+        cpu=on_cpu(),
+        mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
+        log_with=trackers_of(recipe) or None,
+        project_dir=folder / "curves",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=turns > 1)],
+    )
+
+
+def on_cpu() -> bool:
+    """Whether to compute on CPUs: there is nothing better, or Accelerate's own switch says so.
+
+    Accelerate counts several processes without a GPU as one each unless it is told; they would all write the same folder.
+    """
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def trackers_of(recipe: Recipe) -> list[str]:
+    """The trackers asked for, all of them known to Accelerate and installed.
+
+    Raises:
+        UserError: if one is not.
+    """
+    known, installed = LoggerType.list(), [str(each) for each in get_available_trackers()]
+    trackers = [name.strip() for name in recipe.trackers.split(",") if name.strip() not in ("", "none")]
+    for name in trackers:
+        if name not in known:
+            raise UserError(f"there is no tracker '{name}'{nearest(name, known)}; use none, or some of {', '.join(known)}")
+        if name not in installed:
+            raise UserError(f"the tracker {name} is not installed: pip install {name}, or use another with --trackers")
+    return trackers
