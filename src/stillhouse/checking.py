@@ -15,7 +15,7 @@ from stillhouse import distillers, tasks
 from stillhouse.data import Data
 from stillhouse.data.boxes import BoxFiles
 from stillhouse.data.loading import eval_batches
-from stillhouse.distillers.base import Distiller
+from stillhouse.distillers.base import Distiller, is_data
 from stillhouse.errors import UserError
 from stillhouse.models.detectors import classes_of
 from stillhouse.models.outputs import logits_of
@@ -142,7 +142,8 @@ def _detects(distiller: Distiller, images: Any, classes: int) -> Finding:
 def _encodes(distiller: Distiller, images: Any, classes: int) -> Finding:
     distiller.eval()
     with torch.no_grad():
-        features = next(iter(distiller.examined(distiller.products).values())).eval()(images)
+        asked = distiller.student if is_data(distiller.product) else next(iter(distiller.examined(distiller.products).values()))
+        features = asked.eval()(images)  # a network trained on a set of data is not made before there is one
     if not isinstance(features, Tensor) or features.ndim != 2 or not features.isfinite().all():
         seen = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise UserError(f"the student answers {seen} for images, expected finite features [images, D]; name an encoder such as timm's")

@@ -53,24 +53,20 @@ def check(
         allow_weak_teacher: go on although the teacher is no better than chance.
         seed: of the student's random weights.
     """
-    from stillhouse.checking import check_distiller
+    from stillhouse.fitting import OWN
     from stillhouse.run import default_method
     from stillhouse.session import Session
 
-    job: dict[str, Any] = {
+    given: dict[str, Any] = {
         "method": method or default_method(task, data),
         "task": task,
-        "inherit": None,
-        "unlabelled": None,
-        "judge": None,
         "teacher": teacher,
         "student": student,
         "data": data,
-        "teacher_weights": teacher_weights,
     }
-    job |= {"student_weights": student_weights, "allow_partial": False, "bad_data": "skip", "seed": seed}
-    session = Session(Path(), job)
-    return check_distiller(session.first_stage().distiller, session.data, session.transforms[1], allow_weak_teacher)
+    given |= {"teacher_weights": teacher_weights, "student_weights": student_weights, "allow_weak_teacher": allow_weak_teacher}
+    given |= {"allow_partial": False, "bad_data": "skip", "seed": seed}
+    return Session(Path(), dict.fromkeys(OWN) | given).check()
 
 
 def estimate(
@@ -131,14 +127,13 @@ def evaluate(
     """
     from accelerate import Accelerator
 
-    from stillhouse import tasks
     from stillhouse.data import open_data
     from stillhouse.data.loading import eval_batches
     from stillhouse.errors import UserError
     from stillhouse.fitting import fit_of, input_of, transforms_of
     from stillhouse.models.opening import open_model
     from stillhouse.run_folder import read_facts, read_settings
-    from stillhouse.session import open_judge, trained_judge
+    from stillhouse.session import metric_of
     from stillhouse.training.evaluation import evaluate as measure
     from stillhouse.training.evaluation import learnt
     from stillhouse.training.processes import on_cpu
@@ -155,12 +150,8 @@ def evaluate(
     student = open_model(str(run), **fit_of(opened)).to(accelerator.device)
     preprocessing = input_of(student, opened)
     _, transform = transforms_of(preprocessing, opened, {})
-    kind = tasks.find(opened.task)
-    judged: dict[str, Any] = {}
-    if kind.judged:
-        named = settings.get("judge") or str(trained_judge(folder.parent, data, smoke=False))
-        judged["judge"] = open_judge(named, opened).to(accelerator.device)
-    metric = learnt(kind(opened.classes, **judged), student, opened, transform, accelerator.device, batch)
+    metric = metric_of(opened, settings.get("judge"), data, folder.parent)()
+    metric = learnt(metric, student, opened, transform, accelerator.device, batch)
     return measure(student, eval_batches(opened.val, transform, batch=batch), accelerator, metric)
 
 

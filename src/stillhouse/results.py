@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from stillhouse import tasks
 from stillhouse.data.loading import eval_batches
 from stillhouse.distillers import name_of
+from stillhouse.distillers.base import is_data
 from stillhouse.measure.estimate import estimate
 from stillhouse.measure.flops import macs
 from stillhouse.models.tokens import OnSomeTokens
@@ -34,10 +35,9 @@ def results(folder: Path, loop: Loop, metrics: dict[str, float]) -> dict[str, An
     shape = tuple(few[0].shape) if data.inputs == "images" and data.task != "generate" else None
     models = {name: _model(product, shape) for name, product in loop.kept.items()}
     rows = []
-    for number, name in enumerate(loop.examined()):
-        found = _of_task(loop, {key.removeprefix(f"{name}_") if number else key: value for key, value in metrics.items()})
-        who = name if name in loop.kept else "trained on the data"
-        rows.append({"row": f"{who} ({method})", **found, "step_ms": _step_ms(folder, recipe), **_cost(models.get(name, {}))})
+    for name, found in _measured(loop, metrics).items():
+        who, cost = ("trained on the data", {}) if is_data(loop.kept[name]) else (name, models[name])
+        rows.append({"row": f"{who} ({method})", **found, "step_ms": _step_ms(folder, recipe), **_cost(cost)})
     facts: dict[str, Any] = {"keep": None, "savings": None}
     if distiller.teacher is not None:
         network = distiller.teacher.model if isinstance(distiller.teacher, OnSomeTokens) else distiller.teacher
@@ -56,6 +56,15 @@ def results(folder: Path, loop: Loop, metrics: dict[str, float]) -> dict[str, An
     return facts | {"models": models, "result": rows}
 
 
+def _measured(loop: Loop, metrics: dict[str, float]) -> dict[str, dict[str, float]]:
+    """The metrics of each product that was measured, by itself or through a network trained on it; all but the first have their names."""
+    first, *others = loop.kept
+    named = {name: {key.removeprefix(f"{name}_"): value for key, value in metrics.items()} for name in others}
+    return {first: _of_task(loop, metrics)} | {
+        name: _of_task(loop, named[name]) for name in others if f"{name}_{loop.task.headline}" in metrics
+    }
+
+
 def _of_task(loop: Loop, metrics: dict[str, float]) -> dict[str, float]:
     return {key: metrics[key] for key in loop.task.titles if key in metrics}
 
@@ -72,7 +81,7 @@ def _of_teacher(loop: Loop) -> dict[str, Any]:
 
 def _model(network: nn.Module, shape: tuple[int, ...] | None) -> dict[str, Any]:
     """A network's or a data set's name and size, and what a network multiplies for one image."""
-    counted = shape is not None and not hasattr(network, "write")
+    counted = shape is not None and not is_data(network)
     return {"name": _name(network), "params": _params(network), "macs": macs(network, shape) if counted else None}  # type: ignore[arg-type]
 
 

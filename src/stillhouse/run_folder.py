@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,11 @@ def open_folder(out: str | None, method: str, given: dict[str, Any], resume: boo
         if not (folder / "settings.yaml").is_file():
             raise UserError(f"{folder} is no run folder (it has no settings.yaml) and is not removed; choose another --out")
     return folder, None
+
+
+def slug(name: str) -> str:
+    """A name as part of a folder's: letters and digits, and dashes for all else."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 def status(folder: Path) -> str | None:
@@ -99,6 +105,24 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({error}); free space there and go on with --resume, or choose another --out") from error
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder`, renamed to it at the end, so that nobody ever sees half of it; what was there before goes only then."""
+    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)  # left by a killed process of the same number
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_whole(path: Path, text: str) -> None:

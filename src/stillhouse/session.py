@@ -24,10 +24,10 @@ from torch import nn
 
 import stillhouse
 from stillhouse import distillers, tasks
-from stillhouse.checking import check_distiller
+from stillhouse.checking import Finding, check_distiller
 from stillhouse.data import OF_CLASSES, Data, open_data
 from stillhouse.data.loading import eval_batches
-from stillhouse.distillers.base import Stage
+from stillhouse.distillers.base import Stage, is_data
 from stillhouse.errors import UserError
 from stillhouse.fitting import (
     OWN,
@@ -48,7 +48,7 @@ from stillhouse.models.weights import weights_hash
 from stillhouse.randomness import seed_from, seeded
 from stillhouse.report import write_report
 from stillhouse.results import results
-from stillhouse.run_folder import FREE, read_facts, read_settings, status, write_facts, write_settings, writing
+from stillhouse.run_folder import FREE, read_facts, read_settings, slug, status, write_facts, write_settings, writing
 from stillhouse.tasks.base import Task
 from stillhouse.training.batches import on_device
 from stillhouse.training.checkpoint import checkpoints, load_checkpoint
@@ -153,10 +153,6 @@ class Session:
                 return
             yield stage
 
-    def first_stage(self) -> Stage:
-        """The first part of the training, as it would begin."""
-        return next(self.stages())
-
     def run(self) -> None:
         """Trains stage by stage, then keeps the student and writes the results and the report."""
         self.facts: dict[str, Any] = {}
@@ -174,8 +170,7 @@ class Session:
         data = self.data_of(stage)
         self.prepare(stage, data)
         if first:
-            weak = self.job["allow_weak_teacher"]
-            for finding in check_distiller(stage.distiller, data, self.transforms[1], allow_weak_teacher=weak):
+            for finding in self.findings(stage, data):
                 LOG.info("%s: %s", finding.what, finding.seen)
         facts = self.describe(stage)
         settings = {name: str(value) for name, value in {**vars(self.recipe), **self.augmentation, **self.settings}.items()}
@@ -187,7 +182,7 @@ class Session:
         }
         recipe = dataclasses.replace(self.recipe, epochs=stage.epochs)
         folder = self.folder / stage.name
-        metric = self.metric_of(data)
+        metric = metric_of(data, self.job["judge"], self.job["data"], self.folder.parent, self.recipe.smoke)
         loop = Loop(stage.distiller, data, self.transforms, self.preprocessing, recipe, folder, same, self.folder.name, metric)
         if self.resume:
             loop.load()
@@ -195,6 +190,17 @@ class Session:
             self.begin(facts)
         folder.mkdir(exist_ok=True)
         return loop
+
+    def findings(self, stage: Stage, data: Data) -> list[Finding]:
+        """What is seen of a stage that is prepared, before it begins."""
+        return check_distiller(stage.distiller, data, self.transforms[1], allow_weak_teacher=self.job["allow_weak_teacher"])
+
+    def check(self) -> list[Finding]:
+        """What is seen of the first stage; nothing is trained or written."""
+        stage = next(self.stages())
+        data = self.data_of(stage)
+        self.prepare(stage, data)
+        return self.findings(stage, data)
 
     def data_of(self, stage: Stage) -> Data:
         """What a stage learns from, for the task that it is judged by."""
@@ -209,18 +215,6 @@ class Session:
         batches = eval_batches(data.train, self.transforms[1], batch=self.recipe.batch, workers=self.recipe.workers)
         with seeded(self.recipe.seed, "prepare", stage.name):
             stage.distiller.prepare(on_device((images, targets), device) for _, images, targets in batches)
-
-    def metric_of(self, data: Data) -> Callable[..., Task]:
-        """What makes the metric that a stage is measured by."""
-        kind = tasks.find(data.task)
-        judged: dict[str, Any] = {"judge": self.judge} if kind.judged else {}
-        return functools.partial(kind, data.classes, **judged)
-
-    @functools.cached_property
-    def judge(self) -> nn.Module:
-        """A classifier of the same data, in whose eyes generated images are measured: the one that is named, or one trained here once."""
-        named = self.job["judge"] or str(trained_judge(self.folder.parent, self.job["data"], self.recipe.smoke))
-        return open_judge(named, self.data)
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Everything was opened and checked: from here on there is a folder."""
@@ -305,15 +299,25 @@ class Session:
 def keep(products: dict[str, nn.Module], folder: Path) -> None:
     """Writes what a run leaves behind, each in a folder of its own: networks, and sets of data as they say themselves."""
     for name, product in products.items():
-        if hasattr(product, "write"):
+        if is_data(product):
             product.write(folder / name)  # type: ignore[operator]
         else:
             save_student(product, folder / name)
 
 
-def open_judge(named: str | nn.Module, data: Data) -> nn.Module:
-    """A classifier of these data, which does not learn."""
-    return open_model(named, **fit_of(dataclasses.replace(data, task="classify"))).requires_grad_(False).eval()
+def metric_of(data: Data, judge: str | nn.Module | None, source: Any, beside: Path, smoke: bool = False) -> Callable[..., Task]:
+    """What makes the metric of the data's task.
+
+    Args:
+        judge: a classifier of the same data, in whose eyes generated images are measured; by default one is trained once, `beside`.
+        source: the data as they were named.
+    """
+    kind = tasks.find(data.task)
+    if not kind.judged:
+        return functools.partial(kind, data.classes)
+    network = open_model(judge or str(trained_judge(beside, source, smoke)), **fit_of(dataclasses.replace(data, task="classify")))
+    found: Any = kind
+    return functools.partial(found, data.classes, judge=network.requires_grad_(False).eval())
 
 
 def trained_judge(beside: Path, data: Any, smoke: bool) -> Path:
@@ -324,8 +328,7 @@ def trained_judge(beside: Path, data: Any, smoke: bool) -> Path:
     """
     if not isinstance(data, str):
         raise UserError("generated images are measured in the eyes of a classifier of the same data: name its run folder with --judge")
-    letters = "".join(letter if letter.isalnum() else "-" for letter in data)
-    folder = beside / f"judge-{letters}{'-smoke' if smoke else ''}"
+    folder = beside / f"judge-{slug(data)}{'-smoke' if smoke else ''}"
     if not (folder / "run.json").is_file() or status(folder) != "finished":
         LOG.info("training a judge of '%s' in %s", data, folder)
         recipe = {"batch": 64, "epochs": 20, "lr": 2e-3, "eval_every": 20, "trackers": "none", "smoke": smoke}

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import builtins
+import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,14 +41,7 @@ def test_a_missing_or_different_package_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(installed, "distribution", nothing)
     with pytest.raises(UserError, match=r"b3db needs files of the package 'qc-b3db': pip install --no-deps qc-b3db$"):
         open_b3db("")
-    real_import = builtins.__import__
-
-    def without(name: str, *rest: Any, **more: Any) -> Any:
-        if name.startswith("rdkit"):
-            raise ImportError(name)
-        return real_import(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "rdkit", None)
     with pytest.raises(UserError, match=r"b3db needs RDKit.*: pip install 'stillhouse\[graphs\]'$"):
         read_molecules(write(tmp_path / "a.tsv", ("C", "BBB+")))
 

@@ -10,6 +10,7 @@ import torch
 
 from stillhouse.data.contexts import CLASSES, COLD, GLOBAL, LOCAL, WARM, open_contexts
 from stillhouse.errors import UserError
+from tests.composed import fewer_are_the_first_of_more
 
 # of image and mask: scenes are the same on every machine
 SHA256 = {
@@ -31,19 +32,7 @@ def test_scenes_are_these_everywhere(place: tuple[str, int, int]) -> None:
 
 
 def test_fewer_scenes_are_the_first_of_more_and_val_is_always_the_same() -> None:
-    few, many, other = open_contexts("train=20,val=5"), open_contexts("train=300,val=50"), open_contexts("train=20,val=5", seed=1)
-    assert (len(few.train), len(many.train), len(few.val), len(many.val)) == (20, 300, 5, 50)
-    assert (few.mean, few.std) == (many.mean, many.std) == (other.mean, other.std)
-    many.train[299]  # the order in which scenes are drawn does not matter
-    for i in reversed(range(20)):
-        assert torch.equal(few.train[i][0], many.train[i][0])
-        assert torch.equal(few.train[i][1], many.train[i][1])
-        assert not torch.equal(few.train[i][0], other.train[i][0])
-    assert all(torch.equal(few.val[i][0], data.val[i][0]) for i in range(5) for data in (many, other))
-    assert len({few.fingerprint, many.fingerprint, other.fingerprint}) == 3
-    assert open_contexts("train=20,val=5").fingerprint == few.fingerprint
-    with pytest.raises(IndexError):
-        few.train[20]
+    fewer_are_the_first_of_more(open_contexts)
 
 
 def test_nothing_of_validation_is_trained_on() -> None:

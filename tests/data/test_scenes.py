@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.data import animal_mnist, fashion_mnist, installed, open_data, scenes, sprites
+from stillhouse.data import animal_mnist, composed, fashion_mnist, installed, open_data, scenes, sprites
 from stillhouse.data.scenes import Scenes, open_scenes
 from stillhouse.errors import UserError
+from tests.composed import fewer_are_the_first_of_more
 
 # of image, mask and boxes: scenes are the same on every machine
 SHA256 = {
@@ -46,19 +47,7 @@ def test_scenes_are_these_everywhere(place: tuple[str, int, int]) -> None:
 
 
 def test_fewer_scenes_are_the_first_of_more_and_val_is_always_the_same() -> None:
-    few, many, other = open_scenes("train=20,val=5"), open_scenes("train=300,val=50"), open_scenes("train=20,val=5", seed=1)
-    assert (len(few.train), len(many.train), len(few.val), len(many.val)) == (20, 300, 5, 50)
-    assert (few.mean, few.std) == (many.mean, many.std) == (other.mean, other.std)
-    many.train[299]  # the order in which scenes are drawn does not matter
-    for i in reversed(range(20)):
-        assert torch.equal(few.train[i][0], many.train[i][0])
-        assert torch.equal(few.train[i][1], many.train[i][1])
-        assert not torch.equal(few.train[i][0], other.train[i][0])
-    assert all(torch.equal(few.val[i][0], data.val[i][0]) for i in range(5) for data in (many, other))
-    assert len({few.fingerprint, many.fingerprint, other.fingerprint}) == 3
-    assert open_scenes("train=20,val=5").fingerprint == few.fingerprint
-    with pytest.raises(IndexError):
-        few.train[20]
+    fewer_are_the_first_of_more(open_scenes)
 
 
 def test_nothing_of_a_validation_scene_is_in_a_training_scene() -> None:
@@ -110,7 +99,7 @@ def test_a_shape_is_turned_exactly_where_pixels_fall_on_pixels() -> None:
 def test_only_a_shape_itself_changes_the_ground_and_not_by_a_colour_like_it() -> None:
     train = open_scenes("train=1").train
     for seed in range(20):
-        draws = scenes._Draws(seed)
+        draws = composed.Draws(seed)
         ground = train._ground(draws)
         stencil, corner = train._stencil(train._sprite(draws)[0], draws), (60, -5)
         canvas = ground.copy()

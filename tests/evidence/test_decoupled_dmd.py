@@ -60,6 +60,6 @@ def test_the_table_has_a_row_for_every_arm_and_way_to_draw(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", [arm.name for arm in ARMS])
 def test_no_two_arms_share_a_folder(name: str) -> None:
-    from stillhouse.evidence.experiment import _slug
+    from stillhouse.run_folder import slug
 
-    assert [_slug(arm.name) for arm in ARMS].count(_slug(name)) == 1
+    assert [slug(arm.name.lower()) for arm in ARMS].count(slug(name.lower())) == 1

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import builtins
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,14 +201,7 @@ def test_what_cannot_be_built_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         open_model("pyg/gin", classes=2, channels=3, weights="pretrained")
     with pytest.raises(UserError, match="open it without edges="):
         network("gin", edges=2)(Data(x=torch.tensor([0]), edge_index=undirected([])))
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "torch_geometric":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "torch_geometric", None)
     with pytest.raises(UserError, match=r"'pyg/gin' needs torch-geometric: pip install 'stillhouse\[graphs\]'$"):
         open_model("pyg/gin", classes=2, channels=3)
     with pytest.raises(UserError, match=r"pip install 'stillhouse\[graphs\]'$"):

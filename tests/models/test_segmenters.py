@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import builtins
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,14 +198,7 @@ def test_channels_and_tasks() -> None:
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **named: Any) -> Any:
-        if name.startswith("segmentation_models_pytorch"):
-            raise ImportError(name)
-        return real(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
     with pytest.raises(UserError, match=r"pip install 'stillhouse\[smp\]'"):
         segmenter(UNET)
 

@@ -27,8 +27,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from stillhouse.data import Data
-from stillhouse.data.arrays import channel_statistics, fingerprint
-from stillhouse.data.fashion_mnist import part_of
+from stillhouse.data.arrays import channel_statistics, fingerprint, part_of
 from stillhouse.data.installed import installed_files
 from stillhouse.data.options import read_options, within
 from stillhouse.data.splits import split

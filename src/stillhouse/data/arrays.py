@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import resize
+
+from stillhouse.data.options import within
+from stillhouse.data.splits import subset
 
 
 class Arrays(Dataset[tuple[Tensor, Any]]):
@@ -25,6 +29,23 @@ class Arrays(Dataset[tuple[Tensor, Any]]):
     def draw_batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """The images [b, C, H, W] and labels of these samples, the same in every epoch."""
         return self.images[ids], self.labels[ids]
+
+
+def part_of(images: Tensor, labels: Tensor, size: int, channels: int, count: int | None, where: tuple[int | str, ...]) -> Arrays:
+    """Grey images uint8 [N, H, W] as a data set: `count` of them, drawn by `where`, whose last word is the option's name, or all.
+
+    Raises:
+        UserError: unless there are so many, and at least one for each class.
+    """
+    labels = labels.long()
+    if count is not None:
+        within(str(where[-1]), count, len(labels.unique()), len(labels))
+        chosen = subset(labels, count, *where)
+        images, labels = images[chosen], labels[chosen]
+    images = images.unsqueeze(1)
+    if size != images.shape[-1]:
+        images = torch.cat([resize(part, [size, size], antialias=True) for part in images.split(4096)])
+    return Arrays(images.expand(-1, channels, -1, -1), labels)
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

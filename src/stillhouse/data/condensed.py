@@ -9,7 +9,6 @@ targets are what the run's teacher says of them, or their classes.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from stillhouse.data import Data, open_data
 from stillhouse.data.arrays import Arrays, fingerprint
 from stillhouse.errors import UserError
 from stillhouse.models.forests import is_forests
-from stillhouse.run_folder import read_settings, writing
+from stillhouse.run_folder import read_settings, whole_folder, writing
 
 ASKED_AT_ONCE = 256
 SHOWN = 64
@@ -112,17 +111,12 @@ class Condensed(nn.Module):
             "std": [round(value, 6) for value in self.std.flatten().tolist()],
             "bytes": {"images": images.nbytes, "targets": targets.nbytes},
         }
-        beside = folder.with_name(f".{folder.name}")
-        with writing(folder):
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            save_file({"images": images, "targets": targets}, beside / "pairs.safetensors")
-            (beside / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+        with writing(folder), whole_folder(folder) as new:
+            save_file({"images": images, "targets": targets}, new / "pairs.safetensors")
+            (new / "about.json").write_text(json.dumps(about, indent=1) + "\n")
             larger = max(1, SHOWN // images.shape[-1])
             shown = F.interpolate(images[:, :3] if images.shape[1] >= 3 else images[:, :1], scale_factor=larger)
-            save_image(shown, beside / "images.png", nrow=max(1, round(len(images) ** 0.5)), padding=1, pad_value=0.5)
-            shutil.rmtree(folder, ignore_errors=True)
-            beside.rename(folder)
+            save_image(shown, new / "images.png", nrow=max(1, round(len(images) ** 0.5)), padding=1, pad_value=0.5)
 
 
 def read_condensed(folder: str | Path) -> Condensed:

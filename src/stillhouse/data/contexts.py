@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from stillhouse.data import Data
 from stillhouse.data.arrays import channel_statistics, fingerprint
+from stillhouse.data.composed import Bytes, Composed, Draws, Ints, noisy
 from stillhouse.data.options import read_options, within
-from stillhouse.data.scenes import _Draws
 from stillhouse.errors import UserError
 from stillhouse.randomness import seed_from
 
@@ -35,9 +34,6 @@ RANGES = {"size": (24, 256), "objects": (1, 16), "noise": (0, 64), "reach": (0, 
 WARM, COLD = (216, 96, 64), (64, 96, 216)
 TRIES = 16
 STATISTICS = 100
-
-Bytes = NDArray[np.uint8]
-Ints = NDArray[np.int32]
 
 
 def open_contexts(text: str, *, seed: int = 0) -> Data:
@@ -70,7 +66,7 @@ def open_contexts(text: str, *, seed: int = 0) -> Data:
     )
 
 
-class Contexts(Dataset[tuple[Tensor, Tensor]]):
+class Contexts(Composed):
     """Scenes `(image uint8 [3, size, size], mask uint8 [size, size])`, each drawn when it is first asked for and then kept.
 
     Args:
@@ -78,24 +74,18 @@ class Contexts(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, where: tuple[int | str, ...], count: int, *, size: int, objects: int, noise: int, reach: int) -> None:
-        self.where, self.count = where, count
+        super().__init__(count)
+        self.where = where
         self.size, self.objects, self.noise, self.reach = size, objects, noise, reach
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= i < self.count:
-            raise IndexError(i)
-        if i not in self._kept:
-            image, mask = self.compose(i)
-            self._kept[i] = torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
-        return self._kept[i]
+    def scene(self, i: int) -> tuple[Bytes, Tensor]:
+        """Scene i: image [size, size, 3] and mask."""
+        image, mask = self.compose(i)
+        return image, torch.from_numpy(mask)
 
     def compose(self, i: int) -> tuple[Bytes, Bytes]:
         """Scene i: image [size, size, 3] and classes [size, size]."""
-        draws = _Draws(seed_from(*self.where, i))
+        draws = Draws(seed_from(*self.where, i))
         canvas = np.full((self.size, self.size, 3), 72 + draws.below(32), np.int32)
         mask = np.zeros((self.size, self.size), np.uint8)
         said, side = draws.below(2), self.size // 8
@@ -112,10 +102,9 @@ class Contexts(Dataset[tuple[Tensor, Tensor]]):
                 canvas[disc] = colour[disc][:, None]
                 mask[disc] = 1 + kind if kind < 2 else 3 + said
                 taken |= disc
-        canvas += (draws.bytes(canvas.size).reshape(canvas.shape).astype(np.int32) * (2 * self.noise + 1) >> 8) - self.noise
-        return canvas.clip(0, 255).astype(np.uint8), mask
+        return noisy(canvas, self.noise, draws), mask
 
-    def _stripes(self, draws: _Draws, lean: int) -> Ints:
+    def _stripes(self, draws: Draws, lean: int) -> Ints:
         """Diagonal stripes, two pixels wide, that fall to the right (1) or to the left (-1), as bright on average as plain discs."""
         rows, columns = np.mgrid[: self.size, : self.size].astype(np.int32)
         bright = (rows - lean * columns + draws.below(4)) % 4 < 2
@@ -123,7 +112,7 @@ class Contexts(Dataset[tuple[Tensor, Tensor]]):
         return np.where(bright, middle + swing, middle - swing).astype(np.int32)
 
     def _place(
-        self, draws: _Draws, radius: int, taken: NDArray[np.bool_], marker: tuple[int, int, int], away: int
+        self, draws: Draws, radius: int, taken: NDArray[np.bool_], marker: tuple[int, int, int], away: int
     ) -> NDArray[np.bool_] | None:
         """A disc wholly on the canvas that overlaps nothing and is at least `away` pixels from the marker; None if none was found."""
         rows, columns = np.mgrid[: self.size, : self.size].astype(np.int32)

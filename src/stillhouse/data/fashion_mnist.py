@@ -16,12 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
-from torchvision.transforms.functional import resize
 
 from stillhouse.data import Data
-from stillhouse.data.arrays import Arrays, fingerprint
+from stillhouse.data.arrays import fingerprint, part_of
 from stillhouse.data.options import read_options, within
-from stillhouse.data.splits import subset
 from stillhouse.errors import UserError
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -56,23 +54,6 @@ def open_fashion_mnist(text: str, *, seed: int = 0) -> Data:
         std=(STD,) * channels,
         fingerprint=fingerprint(train.images[:, :1], train.labels, val.images[:, :1], val.labels, str(channels)),
     )
-
-
-def part_of(images: Tensor, labels: Tensor, size: int, channels: int, count: int | None, where: tuple[int | str, ...]) -> Arrays:
-    """Grey images uint8 [N, H, W] as a data set: `count` of them, drawn by `where`, whose last word is the option's name, or all.
-
-    Raises:
-        UserError: unless there are so many, and at least one for each class.
-    """
-    labels = labels.long()
-    if count is not None:
-        within(str(where[-1]), count, len(labels.unique()), len(labels))
-        chosen = subset(labels, count, *where)
-        images, labels = images[chosen], labels[chosen]
-    images = images.unsqueeze(1)
-    if size != images.shape[-1]:
-        images = torch.cat([resize(part, [size, size], antialias=True) for part in images.split(4096)])
-    return Arrays(images.expand(-1, channels, -1, -1), labels)
 
 
 def _folder(root: str | None, download: bool) -> Path:

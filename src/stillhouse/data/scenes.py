@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from stillhouse.data import Data
 from stillhouse.data.arrays import channel_statistics, fingerprint
+from stillhouse.data.composed import Bytes, Composed, Draws, Ints, noisy
 from stillhouse.data.installed import installed_files
 from stillhouse.data.options import read_options, within
 from stillhouse.data.sprites import Sprites, open_sprites
@@ -54,10 +52,7 @@ STATISTICS = 100
 CONTRAST = 200
 """How far a tint is from the ground at least, summed over the channels."""
 
-Bytes = NDArray[np.uint8]
-Ints = NDArray[np.int32]
 Stencil = tuple[Ints, Ints]
-T = TypeVar("T")
 
 
 def open_scenes(text: str, *, seed: int = 0, task: Literal["detect", "segment"] | None = None) -> Data:
@@ -99,7 +94,7 @@ def _task(given: str | None, asked: str | None) -> str:
     return given or ("detect" if asked == "detect" else "segment")
 
 
-class Scenes(Dataset[tuple[Tensor, Any]]):
+class Scenes(Composed):
     """Scenes `(image uint8 [3, size, size], target)`, each drawn when it is first asked for and then kept.
 
     The target is {"boxes": float [n, 4] as x1, y1, x2, y2, the ends outside, "labels": long [n] from 1} or a mask uint8 [size, size].
@@ -128,21 +123,14 @@ class Scenes(Dataset[tuple[Tensor, Any]]):
         self.shapes, self.labels = shapes[labels < classes], labels[labels < classes]
         self.level, self.degrees, self.mirrored = sprites.level, sprites.degrees, sprites.mirrored
         self.photographs = _photographs(part)
-        self.where, self.count, self.task = where, count, task
+        super().__init__(count)
+        self.where, self.task = where, task
         self.size, self.objects, self.clutter, self.noise = size, objects, clutter, noise
-        self._kept: dict[int, tuple[Tensor, Any]] = {}
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Any]:
-        if not 0 <= i < self.count:
-            raise IndexError(i)
-        if i not in self._kept:
-            image, owner, labels = self.compose(i)
-            target = _mask(owner, labels) if self.task == "segment" else _boxes(owner, labels)
-            self._kept[i] = torch.from_numpy(image).permute(2, 0, 1).contiguous(), target
-        return self._kept[i]
+    def scene(self, i: int) -> tuple[Bytes, Any]:
+        """Scene i: image [size, size, 3] and target."""
+        image, owner, labels = self.compose(i)
+        return image, _mask(owner, labels) if self.task == "segment" else _boxes(owner, labels)
 
     def parts(self) -> list[Tensor | str]:
         """What the scenes are made of, and the first one, for a fingerprint."""
@@ -151,7 +139,7 @@ class Scenes(Dataset[tuple[Tensor, Any]]):
 
     def compose(self, i: int) -> tuple[Bytes, Ints, list[int]]:
         """Scene i: image [size, size, 3], the number of the object seen at each pixel (-1: none) [size, size], and the objects' labels."""
-        draws = _Draws(seed_from(*self.where, i))
+        draws = Draws(seed_from(*self.where, i))
         canvas = self._ground(draws)
         for _ in range(self.clutter):
             stencil = self._stencil(_fragment(self._sprite(draws)[0], draws), draws, divisor=2)
@@ -170,34 +158,33 @@ class Scenes(Dataset[tuple[Tensor, Any]]):
                     self._paint(canvas, draws, stencil, corner)
                     owner, labels, wholes = after, [*labels, label], [*wholes, whole]
                     break
-        canvas += (draws.bytes(canvas.size).reshape(canvas.shape).astype(np.int32) * (2 * self.noise + 1) >> 8) - self.noise
-        return canvas.clip(0, 255).astype(np.uint8), owner, labels
+        return noisy(canvas, self.noise, draws), owner, labels
 
-    def _ground(self, draws: _Draws) -> Ints:
+    def _ground(self, draws: Draws) -> Ints:
         """A crop of a photograph, each channel brighter or darker: int32 [size, size, 3]."""
         fitting = [scale for scale in draws.one_of(self.photographs) if min(scale.shape[:2]) >= self.size]
         crop = _crop(draws.one_of(fitting), self.size, draws)[:, :: 1 - 2 * draws.below(2)].astype(np.int32)
         gain = np.array([160 + draws.below(161) for _ in range(3)], np.int32)
         return (crop * gain >> 8) + draws.below(49) - 24
 
-    def _sprite(self, draws: _Draws) -> tuple[Bytes, int]:
+    def _sprite(self, draws: Draws) -> tuple[Bytes, int]:
         which = draws.below(len(self.shapes))
         return self.shapes[which], int(self.labels[which]) + 1
 
-    def _stencil(self, shape: Bytes, draws: _Draws, divisor: int = 1) -> Stencil:
+    def _stencil(self, shape: Bytes, draws: Draws, divisor: int = 1) -> Stencil:
         side = (self.size // 4 + draws.below(self.size // 4 + 1)) // divisor
         degrees = draws.below(2 * self.degrees + 1) - self.degrees
         if self.mirrored and draws.below(2):
             shape = shape[:, ::-1]
         return _turned(shape, side, degrees, self.level)
 
-    def _corner(self, draws: _Draws, stencil: Stencil) -> tuple[int, int]:
+    def _corner(self, draws: Draws, stencil: Stencil) -> tuple[int, int]:
         """A place where three quarters of the stencil's sides at least are on the canvas: row, column of its corner."""
         quarter = len(stencil[0]) // 4
         span = self.size - len(stencil[0]) + 2 * quarter + 1
         return draws.below(span) - quarter, draws.below(span) - quarter
 
-    def _paint(self, canvas: Ints, draws: _Draws, stencil: Stencil, corner: tuple[int, int]) -> None:
+    def _paint(self, canvas: Ints, draws: Draws, stencil: Stencil, corner: tuple[int, int]) -> None:
         """Lay a shape on the canvas, in a tint that is not that of the ground under it, with some of a photograph's texture."""
         alpha, grey = stencil
         tint = np.array([draws.below(256) for _ in range(3)], np.int32)
@@ -210,23 +197,6 @@ class Scenes(Dataset[tuple[Tensor, Any]]):
             tint = (tint + 128) % 256
         colour = (tint + ((texture[part] - 128) * strength >> 8)) * (grey[part][..., None] + 255) // 510
         canvas[there] = ground + ((colour - ground) * alpha >> 8)
-
-
-class _Draws:
-    """Random integers of a raw bit stream, which numpy promises never to change (what `Generator` makes of it, it may)."""
-
-    def __init__(self, seed: int) -> None:
-        self._stream = np.random.PCG64(seed)
-
-    def below(self, n: int) -> int:
-        """0 to n - 1."""
-        return (self._stream.random_raw() >> 32) * n >> 32
-
-    def bytes(self, n: int) -> Bytes:
-        return self._stream.random_raw(n // 8 + 1).astype("<u8").view(np.uint8)[:n]
-
-    def one_of(self, items: Sequence[T]) -> T:
-        return items[self.below(len(items))]
 
 
 @functools.cache
@@ -244,12 +214,12 @@ def _reduced(image: Bytes, times: int) -> Bytes:
     return (squares.sum((1, 3), dtype=np.int32) // times**2).astype(np.uint8)
 
 
-def _crop(image: Bytes, side: int, draws: _Draws) -> Bytes:
+def _crop(image: Bytes, side: int, draws: Draws) -> Bytes:
     y, x = (draws.below(length - side + 1) for length in image.shape[:2])
     return image[y : y + side, x : x + side]
 
 
-def _fragment(shape: Bytes, draws: _Draws) -> Bytes:
+def _fragment(shape: Bytes, draws: Draws) -> Bytes:
     """A quarter of a shape: it looks like a piece of an object, and is none."""
     half = len(shape) // 2
     y, x = draws.below(half + 1), draws.below(half + 1)

@@ -162,6 +162,11 @@ class Distiller(nn.Module):
         return self
 
 
+def is_data(product: nn.Module) -> bool:
+    """Whether a product is a set of data, which writes itself, and not a network."""
+    return hasattr(product, "write")
+
+
 def _without_frozen(module: Any, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
     frozen = tuple(f"{prefix}{name}." for name in module.frozen)
     for key in [key for key in state if key.startswith(frozen)]:

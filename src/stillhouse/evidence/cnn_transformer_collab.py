@@ -22,10 +22,12 @@ from stillhouse.data.contexts import GLOBAL, LOCAL
 from stillhouse.data.dense_transforms import dense_transforms
 from stillhouse.data.loading import eval_batches
 from stillhouse.distillers.dense.cnn_transformer_collab import CNNTransformerCollab
-from stillhouse.evidence.experiment import SMOKE, Arm, Search, _finished, _slug
+from stillhouse.evidence.experiment import SMOKE, Arm, Search, finished
+from stillhouse.evidence.table import spread
 from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.models.saving import load_student
 from stillhouse.run import Run
+from stillhouse.run_folder import slug
 from stillhouse.tasks.segment import Segment
 from stillhouse.training.evaluation import measured
 from stillhouse.training.log import read_table
@@ -135,7 +137,7 @@ class Together:
         for seed in seeds:
             for arm in self.arms:
                 settings = self.settings(arm, found[arm.name]) | {"seed": seed, **tiny}
-                run = _finished(arm.method, folder / f"{_slug(arm.name)}-{seed}", **settings)
+                run = finished(arm.method, folder / f"{slug(arm.name.lower())}-{seed}", **settings)
                 runs[arm.name].append(run)
                 figures[arm.name].append(self.measured(run))
                 LOG.info("%s: %s", run.folder.name, {key: round(value, 3) for key, value in figures[arm.name][-1].items()})
@@ -157,7 +159,7 @@ class Together:
 
         def score(scale: float) -> float:
             settings = self.settings(arm, scale) | {"epochs": epochs, "eval_every": epochs, "seed": search.seed, **tiny}
-            run = _finished(arm.method, folder / f"search-{_slug(arm.name)}-{scale:g}", **settings)
+            run = finished(arm.method, folder / f"search-{slug(arm.name.lower())}-{scale:g}", **settings)
             mean = statistics.mean(run.metrics[key] for key in ("miou", "partner_miou"))
             LOG.info("%s: %.4f", run.folder.name, mean)
             return mean
@@ -232,8 +234,8 @@ class Learnt:
         cells, first = [arm], self.experiment.arms[0].name
         for who in BOTH:
             values, against = ([100 * each[f"{who}/miou"] for each in self.figures[name]] for name in (arm, first))
-            cells += [_spread(values), "" if arm == first else _spread([a - b for a, b in zip(values, against, strict=True)], sign=True)]
-            cells += [_spread([100 * each[f"{who}/{kind}"] for each in self.figures[arm]]) for kind in self.experiment.kinds]
+            cells += [spread(values), "" if arm == first else spread([a - b for a, b in zip(values, against, strict=True)], sign=True)]
+            cells += [spread([100 * each[f"{who}/{kind}"] for each in self.figures[arm]]) for kind in self.experiment.kinds]
         for key in (*(f"taught_{who}" for who in BOTH), "flips"):
             tables = [read_table(run.folder / "watch.csv") for run in self.runs[arm]]
             moments = [[float(table[end].get(key, "nan")) for table in tables if table] for end in (0, -1) if all(tables)]
@@ -241,11 +243,6 @@ class Learnt:
         if self.experiment.search:
             cells.append(f"{self.found[arm]:g}" if any(each.name == arm and each.weights for each in self.experiment.arms) else "")
         return f"| {' | '.join(cells)} |"
-
-
-def _spread(values: list[float], sign: bool = False) -> str:
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{'+' if sign else ''}.1f}{deviation}"
 
 
 EXPERIMENTS = (

@@ -19,7 +19,8 @@ from stillhouse.data import open_data
 from stillhouse.data.loading import eval_batches
 from stillhouse.data.transforms import eval_transform
 from stillhouse.distillers.generative.decoupled_dmd import DecoupledDMD
-from stillhouse.evidence.experiment import SMOKE, Arm, Experiment, Study, _finished
+from stillhouse.evidence.experiment import SMOKE, Arm, Experiment, Study, finished
+from stillhouse.evidence.table import spread
 from stillhouse.models.opening import open_model
 from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.models.sampling import FlowNetwork, Sampling
@@ -95,7 +96,7 @@ class Generators(Experiment):
 
     def _taught(self, out: Path, smoke: bool) -> Run:
         recipe = {"task": self.task} | self.recipe | self.teacher_recipe | (SMOKE if smoke else {})
-        return _finished("flow", self._folder(out, smoke) / "teacher", student=self.teacher, data=self.teacher_data, **recipe)
+        return finished("flow", self._folder(out, smoke) / "teacher", student=self.teacher, data=self.teacher_data, **recipe)
 
     def references(self, teacher: Run, smoke: bool) -> dict[str, dict[str, float]]:
         """What is measured of images drawn from the teacher in other ways, kept beside it."""
@@ -150,13 +151,8 @@ class Generated(Study):
 
 
 def _cells(figures: Sequence[dict[str, float]], gains: list[float] | None = None) -> list[str]:
-    shares = [_spread([100 * each[key] for each in figures]) for key in Generate.titles if key != "frechet"]
-    return [*shares, _spread(gains, "+") if gains else "", _spread([each["frechet"] for each in figures], digits=2)]
-
-
-def _spread(values: Sequence[float], sign: str = "", digits: int = 1) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.{digits}f}{deviation}"
+    shares = [spread([100 * each[key] for each in figures]) for key in Generate.titles if key != "frechet"]
+    return [*shares, spread(gains or [], sign=True), spread([each["frechet"] for each in figures], digits=2)]
 
 
 NETWORK = "diffusers/dit:width=64,depth=3,heads=2,patch=4,levels=16"

@@ -11,6 +11,7 @@ from typing import Any
 from stillhouse import distillers, tasks
 from stillhouse.distillers.base import Distiller
 from stillhouse.run import Run, distill
+from stillhouse.run_folder import slug
 from stillhouse.training.log import read_table
 
 LOG = logging.getLogger("stillhouse")
@@ -114,7 +115,7 @@ class Experiment:
             for arm in self.arms:
                 begun = self._begun(arm, teacher, folder, {"seed": seed, **tiny})
                 settings = self._settings(arm, teacher, **found[arm.name]) | begun | {"seed": seed, **tiny}
-                runs[arm.name].append(self._trained(arm, folder / f"{_slug(arm.name)}-{seed}", settings))
+                runs[arm.name].append(self._trained(arm, folder / f"{slug(arm.name.lower())}-{seed}", settings))
                 if begun:
                     before[arm.name].append(Run(Path(begun["student"])))
         return Study(self, teacher, seeds, runs, found, before=before)
@@ -130,24 +131,24 @@ class Experiment:
     def _taught(self, out: Path, smoke: bool) -> Run:
         folder, tiny = self._folder(out, smoke), SMOKE if smoke else {}
         for arm in self.prepared:
-            _finished(arm.method, folder / _slug(arm.name), **self._located(self._shared(arm) | tiny, folder))
+            finished(arm.method, folder / slug(arm.name.lower()), **self._located(self._shared(arm) | tiny, folder))
         recipe = {"task": self.task} | self.recipe | self.teacher_recipe | tiny
         settings = self._located({"student": self.teacher, "data": self.teacher_data, **recipe}, folder)
-        return _finished("scratch", folder / "teacher", **settings)
+        return finished("scratch", folder / "teacher", **settings)
 
     def _begun(self, arm: Arm, teacher: Run, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         """The student that an arm begins with, if a run comes before it; made now."""
         if arm.before is None:
             return {}
         first = self._settings(arm.before, teacher) | settings
-        return {"student": str(_finished(arm.before.method, folder / f"{_slug(arm.name)}-{first['seed']}-before", **first).folder)}
+        return {"student": str(finished(arm.before.method, folder / f"{slug(arm.name.lower())}-{first['seed']}-before", **first).folder)}
 
     def _located(self, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         """The settings, with folders for what begins with @."""
 
         def path(value: str) -> str:
             name, slash, part = value.removeprefix("@").partition("/")
-            return f"{folder / _slug(name)}{slash}{part}"
+            return f"{folder / slug(name.lower())}{slash}{part}"
 
         return {key: path(value) if isinstance(value, str) and value.startswith("@") else value for key, value in settings.items()}
 
@@ -165,7 +166,7 @@ class Experiment:
             settings = self._settings(arm, teacher, lr=rate, scale=scale) | self._begun(arm, teacher, folder, own) | own
             settings["epochs"] = max(1, round(settings["epochs"] * self.search.share))  # type: ignore[union-attr]
             settings["eval_every"] = settings["epochs"]
-            return self.headline(self._trained(arm, folder / f"search-{_slug(arm.name)}-{rate:g}-{scale:g}", settings))
+            return self.headline(self._trained(arm, folder / f"search-{slug(arm.name.lower())}-{rate:g}-{scale:g}", settings))
 
         rate = max(self.search.rates, key=lambda rate: score(rate, 1.0))
         scale = max((1.0, *(self.search.scales if arm.weights else ())), key=lambda scale: score(rate, scale))
@@ -182,7 +183,7 @@ class Experiment:
         return self._located(settings, teacher.folder.parent)
 
     def _trained(self, arm: Arm, folder: Path, settings: dict[str, Any]) -> Run:
-        run = _finished(arm.method, folder, **settings)
+        run = finished(arm.method, folder, **settings)
         LOG.info("%s: %s %.4f", folder.name, tasks.find(self.task).titles[tasks.find(self.task).headline], self.headline(run))
         return run
 
@@ -197,10 +198,6 @@ def curriculum(run: Run) -> tuple[float, float] | None:
     return (float(rows[0]["teacher_top1"]), float(rows[-1]["teacher_top1"])) if rows else None
 
 
-def _finished(method: str | type[Distiller], folder: Path, **settings: Any) -> Run:
+def finished(method: str | type[Distiller], folder: Path, **settings: Any) -> Run:
     """The run in a folder; taken up where it is, and refused if it was begun with other settings."""
     return distill(method, out=str(folder), resume=(folder / "settings.yaml").is_file(), **settings)
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())

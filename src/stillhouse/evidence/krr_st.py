@@ -28,12 +28,14 @@ from stillhouse.data.splits import subset
 from stillhouse.data.transforms import eval_transform
 from stillhouse.distillers.base import Clock, Distiller, Turn
 from stillhouse.distillers.condensation.krr_st import KRRST
+from stillhouse.evidence.experiment import finished
+from stillhouse.evidence.table import spread
 from stillhouse.losses.ridge import ridge_prediction
 from stillhouse.models.imitator import Imitator, imitate
 from stillhouse.models.preprocessing import Preprocessing, set_preprocessing
 from stillhouse.randomness import seeded
-from stillhouse.run import Run, distill
-from stillhouse.run_folder import status
+from stillhouse.run import Run
+from stillhouse.run_folder import slug
 from stillhouse.tasks.encode import Encode
 from stillhouse.tasks.regress import Regress
 
@@ -193,9 +195,10 @@ class Condensation:
         for seed in seeds:
             rows["fresh networks, untrained"].append(judge.untrained(seed))
             for way in self.ways:
-                place = folder / f"{''.join(letter if letter.isalnum() else '-' for letter in way.name.lower())}-{seed}"
-                settings = {**self.recipe, **way.settings, **tiny, "seed": seed}
-                run = finished(way.method, place, student=judge.network(next(iter(NETWORKS))), data=self.data, teacher=teacher, **settings)
+                place = folder / f"{slug(way.name.lower())}-{seed}"
+                settings = {**self.recipe, **way.settings, **tiny, "seed": seed, "allow_weak_teacher": True}
+                networks = {"student": judge.network(next(iter(NETWORKS))), "teacher": str(teacher.folder)}
+                run = finished(way.method, place, **networks, data=self.data, **settings)
                 rows[way.name].append(judge.measured(run, seed))
                 LOG.info("%s: %s", place.name, rows[way.name][-1])
         return Found(self, teacher, seeds, rows)
@@ -336,8 +339,8 @@ class Found:
                 cells = {key: [100 * row[f"{name}/{key}"] for row in rows] for key in titles if f"{name}/{key}" in rows[0]}
                 against = [100 * row[f"{name}/r2"] for row in self.rows[first]]
                 difference = [a - b for a, b in zip(cells["r2"], against, strict=True)] if "r2" in cells and way != first else []
-                shown = [_spread(cells.get(key, [])) for key in titles]
-                lines.append(f"| {' | '.join([way, shown[0], _spread(difference, sign=True), *shown[1:]])} |")
+                shown = [spread(cells.get(key, [])) for key in titles]
+                lines.append(f"| {' | '.join([way, shown[0], spread(difference, sign=True), *shown[1:]])} |")
             parts += [f"Trained on the pairs: {name}.", "\n".join(lines)]
         return parts
 
@@ -347,21 +350,6 @@ class Found:
             f"all weights and a new last layer, on {LABELS} labels a class of `{self.experiment.others}`, classes that neither "
             f"teacher nor pairs have seen ({STEPS} steps of AdamW at {RATE:g}, mean of {DRAWS} draws of labels)."
         )
-
-
-def finished(method: str | type[Distiller], folder: Path, *, teacher: Run | None = None, **settings: Any) -> Run:
-    """The run in a folder; trained now if it is not finished."""
-    if (folder / "run.json").is_file() and status(folder) == "finished":
-        return Run(folder)
-    taught = str(teacher.folder) if teacher is not None else None
-    return distill(method, teacher=taught, out=str(folder), overwrite=True, allow_weak_teacher=True, **settings)
-
-
-def _spread(values: list[float], sign: bool = False) -> str:
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{'+' if sign else ''}.1f}{deviation}"
 
 
 SHARED: dict[str, Any] = {"trackers": "none", "save_every": 10_000}

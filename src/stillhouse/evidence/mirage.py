@@ -22,11 +22,12 @@ from stillhouse.data import Data, open_data
 from stillhouse.data.graphs import Graphs
 from stillhouse.data.loading import eval_batches
 from stillhouse.distillers.condensation.mirage import Mirage, trained
+from stillhouse.evidence.table import spread
 from stillhouse.models.forests import Forests, smallest
 from stillhouse.models.opening import open_model
 from stillhouse.randomness import seed_from, seeded
 from stillhouse.run import Run
-from stillhouse.run_folder import writing
+from stillhouse.run_folder import slug, writing
 from stillhouse.tasks.classify import Classify
 
 LOG = logging.getLogger("stillhouse")
@@ -156,7 +157,7 @@ class Lists:
         for seed in seeds:
             data: Data | None = None
             for arm in self.arms:
-                file = folder / f"{''.join(letter if letter.isalnum() else '-' for letter in arm.name.lower())}-{seed}.json"
+                file = folder / f"{slug(arm.name.lower())}-{seed}.json"
                 if not file.is_file():
                     data = data or open_data(self.data, seed=seed)
                     row = told.measured(arm, data, seed)
@@ -236,16 +237,9 @@ class Found:
                 own, top1 = ([100 * row[f"{name}/{key}"] for row in rows if f"{name}/{key}" in row] for key in ("auroc", "top1"))
                 against = [100 * row[f"{name}/auroc"] for row in self.rows[first]]
                 difference = [a - b for a, b in zip(own, against, strict=True)] if own and arm != first else []
-                cells += [_spread(own), _spread(difference, sign=True), _spread(top1)]
+                cells += [spread(own), spread(difference, sign=True), spread(top1)]
             lines.append(f"| {' | '.join(cells)} |")
         return [setting, "\n".join(lines)]
-
-
-def _spread(values: list[float], sign: bool = False) -> str:
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{'+' if sign else ''}.1f}{deviation}"
 
 
 EXPERIMENTS = (

@@ -69,8 +69,8 @@ def _how_searched(experiment: Experiment) -> str:
 def _row(study: Study, arm: Arm, extra: list[str]) -> str:
     values, first = _headlines(study, arm.name), study.experiment.arms[0].name
     reference = _headlines(study, first)
-    difference = _spread([a - b for a, b in zip(values, reference, strict=True)], sign=True) if arm.name != first else ""
-    return f"| {' | '.join([arm.name, _spread(values), difference, *extra])} |"
+    difference = spread([a - b for a, b in zip(values, reference, strict=True)], sign=True) if arm.name != first else ""
+    return f"| {' | '.join([arm.name, spread(values), difference, *extra])} |"
 
 
 SECOND = ("map_50", "accuracy")
@@ -103,7 +103,7 @@ def _of_before(study: Study) -> Extra:
 
     def cells(arm: Arm) -> list[str]:
         values = [100 * run.metrics[task.headline] for run in study.before.get(arm.name, [])]
-        return [_spread(values) if values else ""]
+        return [spread(values)]
 
     return [f"{task.titles[task.headline]} before, %"], cells
 
@@ -131,7 +131,7 @@ def _of_dense(study: Study) -> Extra:
 
     def cells(arm: Arm) -> list[str]:
         runs, found = study.runs[arm.name], study.found[arm.name]
-        others = [_spread([100 * run.metrics[key] for run in runs]) for key in titles]
+        others = [spread([100 * run.metrics[key] for run in runs]) for key in titles]
         tables = [read_table(run.folder / "watch.csv") for run in runs]
         last = [table[-1] for table in tables if table]
         figures = [f"{statistics.mean(float(row[key]) for row in last):.2f}" if last and key in last[0] else "" for key in FIGURES]
@@ -163,7 +163,9 @@ def _headlines(study: Study, arm: str) -> list[float]:
     return [100 * study.experiment.headline(run) for run in study.runs[arm]]
 
 
-def _spread(values: list[float], sign: bool = False) -> str:
-    mean = statistics.mean(values)
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{mean:+.1f}{deviation}" if sign else f"{mean:.1f}{deviation}"
+def spread(values: Sequence[float], sign: bool = False, digits: int = 1) -> str:
+    """Mean ± standard deviation, as a cell; "" where there is nothing."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{'+' if sign else ''}.{digits}f}{deviation}"

@@ -46,6 +46,12 @@ def is_detector(network: nn.Module) -> bool:
     return "targets" in inspect.signature(network.forward).parameters
 
 
+def compiled_part(network: nn.Module) -> nn.Module:
+    """What of a network is worth compiling: of a detector its backbone, for what follows has other shapes for other boxes."""
+    parts = dict(network.named_modules()) if is_detector(network) else {}
+    return parts.get("network.model.backbone") or parts.get("backbone") or network  # transformers', torchvision's
+
+
 def classes_of(network: nn.Module) -> int | None:
     """How many classes a detector tells apart, the background not counted; None where its head does not say."""
     if hasattr(network, "ids"):  # transformers'

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from stillhouse.data import IMAGENET_MEAN, IMAGENET_STD
 from stillhouse.errors import UserError, nearest
 from stillhouse.models.backbones import statistics_of
-from stillhouse.models.families import Fit, _agree, _quick_without_network, _refuse_options, _told, quiet_transformers, refuse_head
+from stillhouse.models.families import (
+    Fit,
+    _agree,
+    _quick_without_network,
+    _refuse_options,
+    _told,
+    quiet_transformers,
+    refuse_head,
+    refuse_unknown,
+)
 from stillhouse.models.preprocessing import Preprocessing
 from stillhouse.models.published import _plain, refuse_bare
 from stillhouse.models.specs import Spec
@@ -371,9 +380,7 @@ def _config(spec: Spec, pretrained: bool) -> tuple[Any, bool]:
     if plain.model_type not in KINDS:
         raise UserError(f"'{spec}' is a '{plain.model_type}', expected a detector of a kind among {', '.join(KINDS)}")
     known = set(plain.to_dict()) | {"num_labels"} | set(_OURS)
-    unknown = next((key for key in spec.options if key not in known), None)
-    if unknown is not None:
-        raise UserError(f"transformers network '{spec.name}' has no option '{unknown}'{nearest(unknown, known) or ', leave it out'}")
+    refuse_unknown(spec, known)
     options = {key: value for key, value in spec.options.items() if key not in ("size", "longest", "backbone")}
     if not bare and backbone is not None:
         raise UserError(f"'{spec}' comes with its own backbone, leave the option backbone out")

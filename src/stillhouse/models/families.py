@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,13 @@ def _refuse_options(spec: Spec) -> None:
         raise UserError(
             f"option '{refused}' of '{spec}' is refused: a spec holds only numbers and words that shape the network, leave it out"
         )
+
+
+def refuse_unknown(spec: Spec, known: Collection[str]) -> None:
+    """Raise the sentence for the first option that is not known."""
+    unknown = next((key for key in spec.options if key not in known), None)
+    if unknown is not None:
+        raise UserError(f"{spec.family} network '{spec.name}' has no option '{unknown}'{nearest(unknown, known) or ', leave it out'}")
 
 
 def _agree(spec: Spec, key: str, wanted: int) -> None:
@@ -322,9 +329,7 @@ def _transformers_config(spec: Spec) -> tuple[Any, bool]:
     if plain.model_type not in CLASSIFIERS:
         raise UserError(f"transformers' '{plain.model_type}' does not classify images, expected for example vit, deit, dinov2 or resnet")
     known = set(plain.to_dict()) | {"num_labels"}
-    unknown = next((key for key in spec.options if key not in known), None)
-    if unknown is not None:
-        raise UserError(f"transformers network '{spec.name}' has no option '{unknown}'{nearest(unknown, known) or ', leave it out'}")
+    refuse_unknown(spec, known)
     with _told(spec, spec.options), _quick_without_network():
         if bare:
             return AutoConfig.for_model(spec.name, **spec.options), False

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.models.trees import decoded, encoded, forest
+from stillhouse.run_folder import whole_folder
 
 KIND = "forests"
 
@@ -80,11 +81,11 @@ class Forests(nn.Module):
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def write(self, folder: Path) -> None:
-        """`folder/data.safetensors` and `folder/about.json`."""
+        """`folder/data.safetensors` and `folder/about.json`, both or nothing."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(self.tensors(), folder / "data.safetensors")
-            (folder / "about.json").write_text(json.dumps({"kind": KIND, "bytes": self.bytes, **self.about}, indent=2) + "\n")
+            with whole_folder(folder) as new:
+                save_file(self.tensors(), new / "data.safetensors")
+                (new / "about.json").write_text(json.dumps({"kind": KIND, "bytes": self.bytes, **self.about}, indent=2) + "\n")
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write the forests to '{folder}' ({error}), free some space or give another folder") from error
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,6 +23,7 @@ from stillhouse.models.opening import open_model, read_saved
 from stillhouse.models.outputs import logits_of
 from stillhouse.models.preprocessing import Preprocessing, preprocessing_of
 from stillhouse.models.specs import Spec
+from stillhouse.run_folder import whole_folder
 
 LOG = logging.getLogger("stillhouse")
 FORMATS = ("timm", "transformers", "onnx", "torch")
@@ -50,22 +49,12 @@ def save_student(model: nn.Module, folder: str | Path) -> Path:
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, renamed to it at the end, so that nobody ever sees half of it."""
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)  # left by a killed process of the same number
+    """A network's folder, all of it or nothing."""
     try:
-        new.mkdir(parents=True)
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        with whole_folder(folder) as new:
+            yield new
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the network to '{folder}' ({error}), free some space or give another folder") from error
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(model: nn.Module, folder: Path) -> None:

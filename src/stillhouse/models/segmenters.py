@@ -16,7 +16,16 @@ from torchvision.models.segmentation.fcn import FCNHead
 from stillhouse.data import IMAGENET_MEAN, IMAGENET_STD
 from stillhouse.errors import UserError, nearest
 from stillhouse.models.backbones import open_body, statistics_of
-from stillhouse.models.families import Fit, _account, _check_timm_name, _quick_without_network, _refuse_options, _told, quiet_transformers
+from stillhouse.models.families import (
+    Fit,
+    _account,
+    _check_timm_name,
+    _quick_without_network,
+    _refuse_options,
+    _told,
+    quiet_transformers,
+    refuse_unknown,
+)
 from stillhouse.models.preprocessing import Preprocessing, set_preprocessing
 from stillhouse.models.published import load_file, load_published, refuse_bare
 from stillhouse.models.specs import Spec
@@ -182,9 +191,7 @@ def _made(spec: Spec, fit: Fit, pretrained: bool) -> nn.Module:
     _refuse_options(spec)
     with _told(spec, spec.options), quiet_transformers():
         known = AutoConfig.for_model(spec.name).to_dict()
-        unknown = next((key for key in spec.options if key not in known), None)
-        if unknown is not None:
-            raise UserError(f"transformers network '{spec.name}' has no option '{unknown}'{nearest(unknown, known) or ', leave it out'}")
+        refuse_unknown(spec, known)
         config = AutoConfig.for_model(spec.name, **{**spec.options, "num_labels": fit.classes, "num_channels": fit.channels})
         kind: Any = SEGMENTERS[type(config)]
         network: nn.Module = kind(config)

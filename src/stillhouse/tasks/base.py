@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from stillhouse.errors import UserError
+from stillhouse.tasks.colours import as_rgb
 
 
 class Task(Metric):
@@ -71,6 +72,14 @@ class Task(Metric):
     def draw(images: Tensor, what: Any, classes: list[str], score: float = 0.3) -> Tensor:
         """Pictures uint8 [n, 3, H, W]: `what` (targets, or a network's output in eval mode) over images uint8 [n, C, H, W].
 
+        By default the images alone: a class is a word, and features are no picture.
+
         `score`: the least that is drawn of what a network is not sure of.
         """
-        raise NotImplementedError
+        return as_rgb(images)
+
+
+def guessing(classes: int, samples: int) -> float:
+    """What guessing among so many classes reaches: 1/K, and two standard errors of it on that many samples."""
+    share = 1 / classes
+    return share + 2 * (share * (1 - share) / max(1, samples)) ** 0.5

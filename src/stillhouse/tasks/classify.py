@@ -9,8 +9,7 @@ from torch import Tensor
 
 from stillhouse.errors import UserError
 from stillhouse.models.outputs import logits_of
-from stillhouse.tasks.base import Task
-from stillhouse.tasks.colours import as_rgb
+from stillhouse.tasks.base import Task, guessing
 
 BINS = 15
 MARGINS, FARTHEST = 4096, 32.0
@@ -115,13 +114,7 @@ class Classify(Task):
     @property
     def chance(self) -> float:
         """1/K, and two standard errors of it on the samples that were measured."""
-        share = 1 / len(self.classes)
-        return share + 2 * (share * (1 - share) / max(1, int(self.samples))) ** 0.5
-
-    @staticmethod
-    def draw(images: Tensor, what: Any, classes: list[str], score: float = 0.3) -> Tensor:
-        """The images alone, with three channels: a class is a word."""
-        return as_rgb(images)
+        return guessing(len(self.classes), int(self.samples))
 
     def _logits(self, role: str, output: Any, targets: Tensor) -> Tensor:
         logits, expected = logits_of(output), (len(targets), len(self.classes))

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
-from stillhouse.tasks.base import Task
-from stillhouse.tasks.colours import as_rgb
+from stillhouse.tasks.base import Task, guessing
 
 NEIGHBOURS, TEMPERATURE, RIDGE = 20, 0.07, 1e-2
 
@@ -99,13 +98,7 @@ class Encode(Task):
     @property
     def chance(self) -> float:
         """1/K, and two standard errors of it on the samples that were measured."""
-        share = 1 / len(self.classes)
-        return share + 2 * (share * (1 - share) / max(1, int(self.samples))) ** 0.5
-
-    @staticmethod
-    def draw(images: Tensor, what: Any, classes: list[str], score: float = 0.3) -> Tensor:
-        """The images alone, with three channels: features are no picture."""
-        return as_rgb(images)
+        return guessing(len(self.classes), int(self.samples))
 
     @staticmethod
     def _features(output: Any) -> Tensor:

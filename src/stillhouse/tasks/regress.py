@@ -10,7 +10,6 @@ from torch import Tensor
 from stillhouse.errors import UserError
 from stillhouse.models.outputs import logits_of
 from stillhouse.tasks.base import Task
-from stillhouse.tasks.colours import as_rgb
 
 
 class Regress(Task):
@@ -79,8 +78,3 @@ class Regress(Task):
     def chance(self) -> float:
         """0: the mean of each output, whatever the image."""
         return 0.0
-
-    @staticmethod
-    def draw(images: Tensor, what: Any, classes: list[str], score: float = 0.3) -> Tensor:
-        """The images alone, with three channels: features are no picture."""
-        return as_rgb(images)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.run_folder import writing
@@ -135,3 +135,14 @@ class Terms:
 def _place(key: str) -> tuple[int, int, str]:
     step, place, name = key.split(".", 2)
     return int(step), int(place), name
+
+
+def refuse_unless_finite(network: nn.Module, step: int) -> None:
+    """A finite loss can have a gradient that is not: weights that it spoilt are never written.
+
+    Raises:
+        Diverged: naming the first such weight.
+    """
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise Diverged(f"the update of step {step} made {name} NaN or infinite; {REMEDY}")

@@ -24,7 +24,7 @@ from stillhouse.data.loading import TrainBatches, eval_batches, mixing
 from stillhouse.distillers.base import Clock, Distiller
 from stillhouse.errors import UserError
 from stillhouse.interrupted import Interrupted
-from stillhouse.models.detectors import is_detector
+from stillhouse.models.detectors import compiled_part
 from stillhouse.models.preprocessing import Preprocessing
 from stillhouse.randomness import samples, seed_from
 from stillhouse.run_folder import writing
@@ -39,7 +39,7 @@ from stillhouse.training.checkpoint import (
 )
 from stillhouse.training.evaluation import evaluate, learnt
 from stillhouse.training.interrupt import Interruption
-from stillhouse.training.log import REMEDY, Diverged, Table, Terms, read_table
+from stillhouse.training.log import Table, Terms, read_table, refuse_unless_finite
 from stillhouse.training.optim import Player, players_of
 from stillhouse.training.pictures import small, undone
 from stillhouse.training.processes import accelerator_for
@@ -404,29 +404,12 @@ class Loop:
             terms.restore(on_device(parts[part], self.accelerator.device))
 
 
-def compiled_part(network: nn.Module) -> nn.Module:
-    """What of a network is worth compiling: of a detector its backbone, for what follows has other shapes for other boxes."""
-    parts = dict(network.named_modules()) if is_detector(network) else {}
-    return parts.get("network.model.backbone") or parts.get("backbone") or network  # transformers', torchvision's
-
-
 def _mixing(data: Data, recipe: Recipe) -> Mixup | None:
     if (data.task != "classify" or data.inputs != "images") and (recipe.mixup or recipe.cutmix or recipe.smoothing):
         raise UserError(
             f"mixup, cutmix and smoothing are for images to classify, and '{data.name}' has {data.inputs} to {data.task}: leave them out"
         )
     return mixing(len(data.classes), mixup=recipe.mixup, cutmix=recipe.cutmix, smoothing=recipe.smoothing)
-
-
-def refuse_unless_finite(distiller: Distiller, step: int) -> None:
-    """A finite loss can have a gradient that is not: weights that it spoilt are never written.
-
-    Raises:
-        Diverged: naming the first such weight.
-    """
-    for name, parameter in distiller.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
-            raise Diverged(f"the update of step {step} made {name} NaN or infinite; {REMEDY}")
 
 
 def _tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,10 +17,12 @@ from stillhouse.data.condensed import read_condensed
 from stillhouse.distillers.base import Clock
 from stillhouse.distillers.condensation.krr_st import KRRST
 from stillhouse.errors import UserError
+from stillhouse.fitting import OWN
 from stillhouse.interrupted import Interrupted
 from stillhouse.losses.ridge import ridge_distance
 from stillhouse.models.preprocessing import Preprocessing, set_preprocessing
-from tests.conftest import SIDE, images, labels, scrambled, tiny_segmenter
+from stillhouse.session import Session
+from tests.conftest import SIDE, images, labels, scrambled, tiny, tiny_segmenter
 from tests.runs import interrupt
 
 PAIRS, CLOCK = 6, Clock(step=1, steps=10, epoch=0, epochs=1)
@@ -280,3 +282,19 @@ def test_a_run_goes_on_exactly_where_it_was_stopped(tmp_path: Path, monkeypatch:
     assert torch.equal(one.targets, other.targets)
     assert whole.metrics == parts.metrics
     assert {"probe", "knn", "val_krr"} <= whole.metrics.keys()
+
+
+def test_it_can_be_checked_and_no_network_is_trained_on_pairs_for_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stillhouse.distillers.condensation.krr_st.imitate", None)
+    vit = "timm/vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=16,depth=1,num_heads=2"
+    job = {
+        "method": "krr_st",
+        "student": vit,
+        "teacher": tiny(img_size=8, patch_size=2, in_chans=1, num_classes=0),
+        "data": "digits:train=40",
+    }
+    small = {"student_weights": "random", "bad_data": "refuse", "seed": 0, "batch": 8, "pairs": 12, "pool": 2, "life": 3}
+    found = Session(tmp_path / "run", dict.fromkeys(OWN) | job | small).check()
+    assert [finding.what for finding in found][-1] == "one step"
+    assert "16 of each image" in next(finding.seen for finding in found if finding.what == "features")
+    assert not (tmp_path / "run").exists()

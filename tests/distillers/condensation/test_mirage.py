@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import builtins
 import copy
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +156,7 @@ def test_what_cannot_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stillhouse.distillers.condensation.mirage.MOST", 10)
     with pytest.raises(UserError, match="may have more than 10 itemsets of 3 trees"):
         mined(data, theta=1)
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **more: Any) -> Any:
-        if name.startswith("mlxtend"):
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "mlxtend.frequent_patterns", None)
     with pytest.raises(UserError, match=r"mirage needs mlxtend.*: pip install 'stillhouse\[graphs\]'$"):
         frequent([frozenset("ab")], 1, 2)
 
