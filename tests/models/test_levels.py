@@ -115,25 +115,86 @@ def test_a_place_that_is_not_there(where: str, said: str) -> None:
         Levels(nn.Sequential(nn.Conv2d(3, 4, 3)), where)
 
 
+class Maps(nn.Module):
+    """Maps of these (channels, rows, columns) from an image of 32 x 32, each from a module of its own."""
+
+    def __init__(self, *shapes: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(shape[1:]), nn.Conv2d(3, shape[0], 1)) for shape in shapes)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [level(images) for level in self.levels]
+
+
+def levels(*shapes: tuple[int, int, int]) -> Levels:
+    return Levels(Maps(*shapes), "+".join(f"levels.{number}" for number in range(len(shapes))))
+
+
 def test_align_leaves_alone_what_fits() -> None:
     maps = [torch.randn(2, 8, 4, 4), torch.randn(2, 8, 2, 2)]
-    align = Align([8, 8], [8, 8])
+    pair = levels((8, 4, 4), (8, 2, 2)), levels((8, 4, 4), (8, 2, 2))
+    align = Align(*pair)
     assert not list(align.parameters())
     assert all(a is b for a, b in zip(align(maps, maps), maps, strict=True))
-    assert len(list(Align([8, 8], [8, 8], always=True).parameters())) == 4
+    assert len(list(Align(*pair, always=True).parameters())) == 4
 
 
 def test_align_brings_channels_and_grid() -> None:
     maps_S, maps_T = [torch.randn(2, 4, 4, 6)], [torch.randn(2, 8, 8, 12)]
-    aligned = Align([4], [8])(maps_S, maps_T)
-    assert aligned[0].shape == maps_T[0].shape
-    constant = Align([4], [8])([torch.ones(1, 4, 4, 6)], maps_T)[0]
+    align = Align(levels((4, 4, 4)), levels((8, 8, 8)))
+    assert align(maps_S, maps_T)[0].shape == maps_T[0].shape
+    constant = align([torch.ones(1, 4, 4, 6)], maps_T)[0]
     torch.testing.assert_close(constant, constant[:, :, :1, :1].expand_as(constant))
 
 
-def test_levels_must_pair() -> None:
+def test_levels_must_be_as_many() -> None:
     with pytest.raises(UserError, match=r"the student has 2 level\(s\) and the teacher 3"):
-        Align([8, 8], [8, 8, 8])
+        Align(levels((8, 4, 4), (8, 2, 2)), levels((8, 4, 4), (8, 2, 2), (8, 1, 1)))
+
+
+def test_levels_must_get_coarser_together() -> None:
+    fine_first, coarse_first = levels((8, 16, 16), (8, 8, 8)), levels((8, 4, 4), (8, 8, 8))
+    with pytest.raises(
+        UserError, match=r"^levels 1 and 2 have maps of 16 x 16 and 8 x 8 in the student and of 4 x 4 and 8 x 8 in the teacher: one gets"
+    ):
+        Align(fine_first, coarse_first)
+    Align(fine_first, levels((8, 8, 8), (8, 4, 4)))  # of another stride
+    Align(fine_first, levels((8, 8, 8), (8, 8, 8)))  # as a vision transformer's
+
+
+def test_levels_must_have_cells_of_one_shape() -> None:
+    with pytest.raises(
+        UserError, match=r"^at level 1 the student has a map of 4 x 16 for an image of .* and the teacher one of 8 x 8 for .* other shapes"
+    ):
+        Align(levels((8, 4, 16)), levels((8, 8, 8)))
+    Align(levels((8, 7, 8)), levels((8, 16, 16)))  # rounded
+
+
+@pytest.mark.parametrize("min_size", [SIDE, 40, 64, 96])
+def test_a_place_is_the_same_place_of_the_image_however_it_was_resized_and_padded(min_size: int) -> None:
+    """Maps that hold where they are in the image, over batches that two detectors pad differently, meet in the same places."""
+    student, teacher = tiny_detector(), tiny_detector()
+    student.transform.min_size, student.transform.max_size = (min_size,), 2 * min_size
+    teacher.transform.max_size = 100
+    pair = Levels(student, "neck"), Levels(teacher, "neck")
+    align, pictures = Align(*pair), [torch.rand(3, 30, 44), torch.rand(3, 50, 37)]
+    maps_S, maps_T = (each.of(pictures) for each in pair)
+
+    def places(seen: Levels, like: list[Tensor]) -> list[Tensor]:
+        """[B, 2, h, w] of each level: y and x of a cell's middle, as shares of the image."""
+        made = []
+        for level in like:
+            rows, columns = level.shape[-2:]
+            y, x = ((torch.arange(count) + 0.5) / count for count in (rows, columns))
+            shares = [(h / seen.frame.canvas[0], w / seen.frame.canvas[1]) for h, w in seen.frame.sizes]
+            made.append(torch.stack([torch.stack(torch.meshgrid(y / h, x / w, indexing="ij")) for h, w in shares]))
+        return made
+
+    align.levels = nn.ModuleList(nn.Identity() for _ in maps_S)
+    expected = places(pair[1], maps_T)
+    for moved, wanted, own in zip(align(places(pair[0], maps_S), maps_T), expected, places(pair[0], maps_S), strict=True):
+        low, high = own.amin((2, 3), keepdim=True), own.amax((2, 3), keepdim=True)  # beyond its own map a student has nothing to say
+        torch.testing.assert_close(moved, wanted.clamp(low, high), rtol=1e-4, atol=1e-4)
 
 
 class Encoding(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torchvision
 from timm.layers.norm_act import freeze_batch_norm_2d
@@ -39,6 +39,13 @@ _CLASSES: dict[str, type[nn.Module]] = {
 }
 _WITHOUT_EPS = ("retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn")
 """torchvision published these with frozen normalisation that adds no epsilon."""
+
+
+class Frame(NamedTuple):
+    """Where a detector put the images of a batch: resized to `sizes`, at the top left of a `canvas` it pads to; heights and widths."""
+
+    canvas: tuple[int, int]
+    sizes: list[tuple[int, int]]
 
 
 def is_detector(network: nn.Module) -> bool:

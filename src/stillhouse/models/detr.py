@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from stillhouse.data import IMAGENET_MEAN, IMAGENET_STD
 from stillhouse.errors import UserError, nearest
 from stillhouse.models.backbones import statistics_of
+from stillhouse.models.detectors import Frame
 from stillhouse.models.families import (
     Fit,
     _agree,
@@ -111,6 +112,7 @@ class Detr(nn.Module):
         ids = list(_classes(config.id2label)) if ids is None else ids
         self.register_buffer("ids", torch.tensor(ids, dtype=torch.long), persistent=False)
         self.backbone, self.neck = nn.Identity(), nn.Identity()
+        self.frame: Frame | None = None  # of the last batch
         self._grid: torch.Size = torch.Size()
         self._no_further = False
         inner.loss_function = partial(_in_fp32, inner.loss_function)
@@ -196,6 +198,7 @@ class Detr(nn.Module):
         if self.strides is not None:
             coarsest = self.strides[-1]
             height, width = (-(-side // coarsest) * coarsest for side in (height, width))
+        self.frame = Frame((height, width), [(image.shape[1], image.shape[2]) for image in resized])
         room = [(0, width - image.shape[2], 0, height - image.shape[1]) for image in resized]
         pixels = torch.stack([F.pad(image, pad) for image, pad in zip(resized, room, strict=True)])
         mask = torch.stack([F.pad(image.new_ones(image.shape[1:]), pad) for image, pad in zip(resized, room, strict=True)])

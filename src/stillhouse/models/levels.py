@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from stillhouse.errors import UserError
-from stillhouse.models.detectors import is_detector
+from stillhouse.models.detectors import Frame, is_detector
 from stillhouse.models.taps import as_map, channels_last, empty_image, layer_of
 
 PLACES: dict[str, tuple[str, ...]] = {
@@ -34,6 +36,10 @@ class Levels:
         network: a detector or segmenter; any network for module names.
         where: a role (`neck`, `backbone`, `logits`) or module names joined by `+`.
 
+    Attributes:
+        channels: of each level.
+        grids: height and width of each level's map of an empty image, which is `canvas` (height, width) pixels large.
+
     Raises:
         UserError: if there is no such place, or the network does not run on an empty image.
     """
@@ -43,10 +49,26 @@ class Levels:
         self.names = _modules(network, where)
         self._seen: dict[str, Any] = {}
         self._channels_last: list[bool] = []
+        self._frame: Frame | None = None
+        transform = getattr(network, "transform", None)
+        if isinstance(transform, GeneralizedRCNNTransform):
+            transform.register_forward_hook(self._remember_frame)
         for name in self.names:
             # no closure: a copy of the network is to have taps of its own
             layer_of(network, name).register_forward_hook(partial(self._remember, name))
-        self.channels = [level.shape[1] for level in self._try()]
+        maps, size = self._try()
+        self.channels, self.grids = [level.shape[1] for level in maps], [(level.shape[-2], level.shape[-1]) for level in maps]
+        self.canvas = self.frame.canvas if self.frame else size
+
+    @property
+    def frame(self) -> Frame | None:
+        """Where the images of the last pass lie on the maps; None where the network does not say: they fill them."""
+        told: Frame | None = getattr(self.network, "frame", None)  # transformers'
+        return told or self._frame
+
+    def _remember_frame(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        images, _ = output
+        self._frame = Frame(tuple(images.tensors.shape[-2:]), images.image_sizes)
 
     def _remember(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self._seen[name] = output
@@ -80,14 +102,14 @@ class Levels:
             network(images)
         return self.take()
 
-    def _try(self) -> list[Tensor]:
-        """The maps of an empty image, with all modes put back."""
+    def _try(self) -> tuple[list[Tensor], tuple[int, int]]:
+        """The maps of an empty image and its height and width, with all modes put back."""
         network = self.network
         modes = {module: module.training for module in network.modules()}
         image = empty_image(network)
         try:
             network.eval()
-            return self.of(list(image) if is_detector(network) else image)
+            return self.of(list(image) if is_detector(network) else image), (image.shape[-2], image.shape[-1])
         except (RuntimeError, ValueError, AssertionError) as error:
             what = f"{type(network).__name__} does not run on an image of {tuple(image.shape[1:])}"
             raise UserError(f"{what}: {error}; tell its size by set_preprocessing") from error
@@ -144,29 +166,84 @@ class OneMap:
 class Align(nn.Module):
     """f_align: the student's maps with the teacher's channels, on the teacher's grid.
 
+    Where the two networks resize or pad images differently, a place of the teacher's map gets what the student has at the same place of
+    the image, not of the padded batch.
+
     Args:
-        channels_S: of the student's levels.
-        channels_T: of the teacher's.
+        maps_S: the student's levels.
+        maps_T: the teacher's.
         always: learn a 1x1 convolution where the channels agree too; by default they are left alone there.
 
     Raises:
-        UserError: if student and teacher have different numbers of levels.
+        UserError: if student and teacher have different numbers of levels, or levels that cannot be meant for each other: one side's get
+            coarser where the other's get finer, or the cells of one are not of the shape of the other's.
     """
 
-    def __init__(self, channels_S: list[int], channels_T: list[int], *, always: bool = False) -> None:
+    def __init__(self, maps_S: Levels, maps_T: Levels, *, always: bool = False) -> None:
         super().__init__()
-        if len(channels_S) != len(channels_T):
-            raise UserError(
-                f"the student has {len(channels_S)} level(s) and the teacher {len(channels_T)}, expected as many: "
-                "name the modules of both, joined by '+', or build both with the same levels"
-            )
-        pairs = zip(channels_S, channels_T, strict=True)
+        _refuse_what_does_not_pair(maps_S, maps_T)
+        self.maps_S, self.maps_T = maps_S, maps_T
+        pairs = zip(maps_S.channels, maps_T.channels, strict=True)
         self.levels = nn.ModuleList(nn.Identity() if s == t and not always else nn.Conv2d(s, t, 1) for s, t in pairs)
 
     def forward(self, maps_S: list[Tensor], maps_T: list[Tensor]) -> list[Tensor]:
-        """Maps [B, C_S, h, w] to [B, C_T, H, W] of the teacher's, resized bilinearly where the grids differ."""
-        return [_resized(level(S), T.shape[-2:]) for level, S, T in zip(self.levels, maps_S, maps_T, strict=True)]
+        """Maps [B, C_S, h, w] of both networks' last passes to [B, C_T, H, W] of the teacher's, resized bilinearly where they differ."""
+        shares = _shares(self.maps_S.frame, self.maps_T.frame)
+        return [_resized(level(S), T.shape[-2:], shares) for level, S, T in zip(self.levels, maps_S, maps_T, strict=True)]
 
 
-def _resized(maps: Tensor, size: torch.Size) -> Tensor:
+def _refuse_what_does_not_pair(maps_S: Levels, maps_T: Levels) -> None:
+    count_S, count_T = len(maps_S.channels), len(maps_T.channels)
+    if count_S != count_T:
+        raise UserError(
+            f"the student has {count_S} level(s) and the teacher {count_T}, expected as many: "
+            "name the modules of both, joined by '+', or build both with the same levels"
+        )
+    levels = list(enumerate(zip(maps_S.grids, maps_T.grids, strict=True), 1))
+    for (i, (first_S, first_T)), (j, (second_S, second_T)) in combinations(levels, 2):
+        if (_places(first_S) - _places(second_S)) * (_places(first_T) - _places(second_T)) < 0:
+            raise UserError(
+                f"levels {i} and {j} have maps of {_by(first_S)} and {_by(second_S)} in the student and of {_by(first_T)} and "
+                f"{_by(second_T)} in the teacher: one gets coarser and the other finer; name the modules of both in the same order"
+            )
+    for number, (grid_S, grid_T) in levels:
+        (low_S, high_S), (low_T, high_T) = _slant(grid_S, maps_S.canvas), _slant(grid_T, maps_T.canvas)
+        if low_S > high_T or low_T > high_S:
+            raise UserError(
+                f"at level {number} the student has a map of {_by(grid_S)} for an image of {_by(maps_S.canvas)} and the teacher one of "
+                f"{_by(grid_T)} for {_by(maps_T.canvas)}: their cells have other shapes and are not of the same places; name other modules"
+            )
+
+
+def _places(grid: tuple[int, int]) -> int:
+    return grid[0] * grid[1]
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _slant(grid: tuple[int, int], canvas: tuple[int, int]) -> tuple[float, float]:
+    """Bounds of a cell's width by its height, as a grid may have been rounded by a place."""
+    (rows, columns), (height, width) = grid, canvas
+    high = (rows + 1) / (columns - 1) if columns > 1 else float("inf")
+    return (rows - 1) / (columns + 1) * width / height, high * width / height
+
+
+def _shares(frame_S: Frame | None, frame_T: Frame | None) -> list[tuple[float, float]] | None:
+    """How many times as large a share of the student's maps as of the teacher's an image has, in y and x; None where they are equal."""
+    if frame_S is None or frame_T is None:
+        return None
+    shares = [
+        (s[0] * frame_T.canvas[0] / (t[0] * frame_S.canvas[0]), s[1] * frame_T.canvas[1] / (t[1] * frame_S.canvas[1]))
+        for s, t in zip(frame_S.sizes, frame_T.sizes, strict=True)
+    ]
+    return None if all(share == (1.0, 1.0) for share in shares) else shares
+
+
+def _resized(maps: Tensor, size: torch.Size, shares: list[tuple[float, float]] | None) -> Tensor:
+    if shares is not None:  # at x of the teacher's map, in [-1, 1], stands what the student has at share * (x + 1) - 1
+        moves = [[[x, 0.0, x - 1], [0.0, y, y - 1]] for y, x in shares]
+        grid = F.affine_grid(torch.tensor(moves, device=maps.device), [len(maps), 1, *size], align_corners=False)
+        return F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False).to(maps.dtype)
     return maps if maps.shape[-2:] == size else F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

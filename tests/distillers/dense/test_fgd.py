@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stillhouse.distillers.dense.fgd import FGD, Context, SeenBoxes
+from stillhouse.distillers.dense.fgd import FGD, Context
 from stillhouse.errors import UserError
 from stillhouse.losses.maps import focal_distances, squared_distance
-from stillhouse.tasks.labels import label_losses
 from tests.conftest import SIDE, boxes, images, tiny_detector, tiny_segmenter
 
 BATCH = list(images(3).sigmoid()), boxes(3)
@@ -73,21 +72,20 @@ def test_a_context_block_begins_as_the_identity_and_learns() -> None:
     assert Context(1)(torch.randn(1, 1, 3, 3)).shape == (1, 1, 3, 3)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_boxes_lie_where_the_detector_put_them(training: bool) -> None:
-    """Images of two sizes, resized and padded to one: a box is moved as its image is, and padding moves nothing."""
-    detector = tiny_detector(1).train(training)
-    detector.transform.min_size, detector.transform.max_size = (64,), 128
-    seen = SeenBoxes(detector)
+def test_boxes_lie_where_the_teacher_put_them() -> None:
+    """Images of two sizes, resized and padded to one: a box is moved as its image is, padding moves nothing, and a crowd is no object."""
+    student, teacher = tiny_detector(1), tiny_detector(2)
+    teacher.transform.min_size, teacher.transform.max_size = (64,), 128
+    distiller = FGD(student, teacher)
     pictures = [torch.rand(3, 32, 48), torch.rand(3, 40, 20)]
     corners = [torch.tensor([[3.0, 4.0, 30.0, 20.0]]), torch.tensor([[0.0, 0.0, 20.0, 40.0], [5.0, 5.0, 9.0, 9.0]])]
     targets = [{"boxes": each, "labels": torch.ones(len(each), dtype=torch.int64)} for each in corners]
-    label_losses(detector, (pictures, targets))
-    found, image = seen.take((pictures, targets))
-    assert image == (128, 96)
+    targets[1]["iscrowd"] = torch.tensor([False, True])
+    assert all(term.isfinite() for term in distiller((pictures, targets)).values())
+    found, canvas = distiller.boxes((pictures, targets))
+    assert canvas == (128, 96)
     torch.testing.assert_close(found[0], 2 * corners[0])
-    torch.testing.assert_close(found[1], 3.2 * corners[1])
-    assert found[1][0].tolist() == pytest.approx([0, 0, 64, 128])
+    torch.testing.assert_close(found[1], torch.tensor([[0.0, 0.0, 64.0, 128.0]]))
 
 
 @pytest.mark.parametrize("kind", ["detr", "rt_detr"])
@@ -96,11 +94,11 @@ def test_boxes_lie_where_transformers_put_them(kind: str) -> None:
     from tests.models.test_detr import batch, detector
 
     network = detector(kind, ",size=64")
-    seen, given = SeenBoxes(network), batch()
-    label_losses(network, given)
-    found, image = seen.take(given)
+    distiller, given = FGD(network, copy.deepcopy(network)), batch()
+    distiller(given)
+    found, canvas = distiller.boxes(given)
     sizes = [(64, 82), (82, 64)]
-    assert image == ((82, 82) if kind == "detr" else (96, 96))
+    assert canvas == ((82, 82) if kind == "detr" else (96, 96))
     for picture, target, moved, (height, width) in zip(*given, found, sizes, strict=True):
         by_x, by_y = width / picture.shape[2], height / picture.shape[1]
         torch.testing.assert_close(moved, target["boxes"] * torch.tensor([by_x, by_y, by_x, by_y]))

@@ -69,7 +69,7 @@ class CWD(Distiller):
         super().__init__(student, teacher)
         self.alpha, self.temperature = alpha, temperature
         self.maps_S, self.maps_T = Levels(student, where), Levels(teacher, teacher_where or where)
-        self.align = Align(self.maps_S.channels, self.maps_T.channels)
+        self.align = Align(self.maps_S, self.maps_T)
 
     def forward(self, batch: tuple[Any, Any], turn: str = "student") -> dict[str, Tensor]:
         """The labels' terms, and `cwd`: the maps'."""

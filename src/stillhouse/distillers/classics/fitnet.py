@@ -61,7 +61,7 @@ class FitNet(Distiller):
         self.beta = beta
         self.maps_S = Levels(student, student_layer or _place(student))
         self.maps_T = Levels(teacher, teacher_layer or _place(teacher))
-        self.regressor = Align(self.maps_S.channels, self.maps_T.channels, always=True)
+        self.regressor = Align(self.maps_S, self.maps_T, always=True)
 
     def forward(self, batch: tuple[Any, Any], turn: str = "student") -> dict[str, Tensor]:
         """The labels' terms, and `hint`: the features'."""

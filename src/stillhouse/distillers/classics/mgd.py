@@ -73,7 +73,7 @@ class MGD(Distiller):
         self.alpha, self.masked = alpha, masked
         where = where or default_place(student)
         self.maps_S, self.maps_T = Levels(student, where), Levels(teacher, teacher_where or where)
-        self.align = Align(self.maps_S.channels, self.maps_T.channels)
+        self.align = Align(self.maps_S, self.maps_T)
         self.generation = nn.ModuleList(generation(channels) for channels in self.maps_T.channels)
 
     def forward(self, batch: tuple[Any, Any], turn: str = "student") -> dict[str, Tensor]:

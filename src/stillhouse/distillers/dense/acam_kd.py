@@ -92,7 +92,7 @@ class ACAMKD(Distiller):
         teacher_where = teacher_where or where
         self.maps_S, self.maps_T = Levels(student, where), Levels(teacher, teacher_where)
         channels = self.maps_T.channels
-        self.align = Align(self.maps_S.channels, channels)
+        self.align = Align(self.maps_S, self.maps_T)
         self.fusion = nn.ModuleList(CrossAttention(each) for each in channels if masks != "fixed")
         units = units or (channels[0] if teacher_where == "logits" else 6)
         self.units = nn.ModuleList(SelectionUnits(each, units, parts=parts, balanced=balanced) for each in channels)

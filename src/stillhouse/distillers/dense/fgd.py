@@ -28,7 +28,7 @@ from stillhouse.distillers.classics.mgd import kind_of
 from stillhouse.errors import UserError
 from stillhouse.losses.maps import focal_distances, foreground_scale, spatial_attention, squared_distance
 from stillhouse.models.levels import Align, Levels, default_place
-from stillhouse.tasks.labels import label_losses
+from stillhouse.tasks.labels import label_losses, without_crowds
 
 USUAL = {
     "two-stage": (5e-5, 2.5e-5, 5e-5, 5e-7),
@@ -53,7 +53,8 @@ class FGD(Distiller):
         temperature: of the attentions, > 0; lower attends to fewer places and channels.
 
     Raises:
-        UserError: if a setting is out of range, the student is no detector, a place does not exist, or the levels do not pair.
+        UserError: if a setting is out of range, the student is no detector, a place does not exist, the levels do not pair, or the teacher
+            neither has torchvision's `transform` nor is one of transformers'.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("detect",)
@@ -86,20 +87,21 @@ class FGD(Distiller):
         self.weights, self.temperature = weights, temperature
         where = where or default_place(student)
         self.maps_S, self.maps_T = Levels(student, where), Levels(teacher, teacher_where or where)
-        self.align = Align(self.maps_S.channels, self.maps_T.channels)
-        self.boxes = SeenBoxes(student)
+        self.align = Align(self.maps_S, self.maps_T)
+        if self.maps_T.frame is None:
+            raise UserError(f"fgd cannot see how {type(teacher).__name__} resizes its images; use cwd, mgd or maskd")
         self.context_S = nn.ModuleList(Context(channels) for channels in self.maps_T.channels)
         self.context_T = nn.ModuleList(Context(channels) for channels in self.maps_T.channels)
 
     def forward(self, batch: tuple[Any, Any], turn: str = "student") -> dict[str, Tensor]:
         """The labels' terms, and `foreground`, `background`, `attention` and `relation`: the maps'."""
         terms = label_losses(self.student, batch)
-        maps_S, (boxes, image) = self.maps_S.take(), self.boxes.take(batch)
-        maps_T = self.maps_T.of(self.refeed(batch[0]))
+        maps_S, maps_T = self.maps_S.take(), self.maps_T.of(self.refeed(batch[0]))
+        boxes, canvas = self.boxes(batch)
         levels = zip(self.align(maps_S, maps_T), maps_T, self.context_S, self.context_T, strict=True)
         distances = []
         for S, T, in_S, in_T in levels:
-            distances.append((*focal_distances(S, T, boxes, image, self.temperature), squared_distance(in_S(S), in_T(T))))
+            distances.append((*focal_distances(S, T, boxes, canvas, self.temperature), squared_distance(in_S(S), in_T(T))))
         alpha, beta, gamma, relation = (torch.stack(each).sum() for each in zip(*distances, strict=True))
         return {
             **terms,
@@ -109,14 +111,24 @@ class FGD(Distiller):
             "relation": self.weights["relation"] * relation,
         }
 
+    def boxes(self, batch: tuple[Any, Any]) -> tuple[list[Tensor], tuple[int, int]]:
+        """Boxes xyxy [n, 4] of each image as they lie on what the teacher's maps of the last pass cover, and its height and width."""
+        frame = self.maps_T.frame
+        assert frame is not None
+        moved = []
+        for image, target, (height, width) in zip(*batch, frame.sizes, strict=True):
+            by_y, by_x = height / image.shape[-2], width / image.shape[-1]
+            corners = without_crowds(target)["boxes"]
+            moved.append(corners * corners.new_tensor([by_x, by_y, by_x, by_y]))
+        return moved, frame.canvas
+
     @torch.no_grad()
     def look(self, batch: tuple[Any, Any]) -> dict[str, Tensor]:
         """Maps [B, h, w] of the finest level: `attention`, the teacher's, scaled to [0, 1] within an image; `foreground`, 1 under a box."""
-        label_losses(self.student, batch)
-        boxes, image = self.boxes.take(batch)
         finest = self.maps_T.of(self.refeed(batch[0]))[0]
+        boxes, canvas = self.boxes(batch)
         attention = spatial_attention(finest, self.temperature)
-        foreground = foreground_scale(boxes, image, (finest.shape[-2], finest.shape[-1])) > 0
+        foreground = foreground_scale(boxes, canvas, (finest.shape[-2], finest.shape[-1])) > 0
         return {"attention": attention / attention.amax((1, 2), keepdim=True), "foreground": foreground.float()}
 
 
@@ -140,41 +152,3 @@ class Context(nn.Module):
         """[B, C, H, W] to the same."""
         places = self.attend(maps).flatten(2).softmax(-1)
         return maps + self.transform((maps.flatten(2) @ places.transpose(1, 2).to(maps.dtype)).unsqueeze(-1))
-
-
-class SeenBoxes:
-    """A batch's boxes as they lie on what the maps cover: the images as the detector resized them, padded to one size.
-
-    Raises:
-        UserError: if the detector neither has torchvision's `transform` nor tells transformers' `pixel_mask`.
-    """
-
-    def __init__(self, detector: nn.Module) -> None:
-        self._seen: tuple[list[Tensor], tuple[int, int]] | None = None
-        self._mask: Tensor | None = None
-        transform, network = getattr(detector, "transform", None), getattr(detector, "network", None)
-        if isinstance(transform, nn.Module):
-            transform.register_forward_hook(self._remember_boxes)
-        elif isinstance(network, nn.Module):
-            network.register_forward_pre_hook(self._remember_mask, with_kwargs=True)
-        else:
-            raise UserError(f"fgd cannot see how {type(detector).__name__} resizes its images; use cwd, mgd or maskd")
-
-    def _remember_boxes(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        images, targets = output
-        self._seen = ([each["boxes"] for each in targets], tuple(images.tensors.shape[-2:])) if targets is not None else None
-
-    def _remember_mask(self, module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
-        self._mask = named["pixel_mask"]
-
-    def take(self, batch: tuple[Any, Any]) -> tuple[list[Tensor], tuple[int, int]]:
-        """Boxes xyxy [n, 4] of each image of the last pass, and the height and width in pixels of what they lie on."""
-        seen, mask, self._seen, self._mask = self._seen, self._mask, None, None
-        if mask is None:
-            assert seen is not None, "the detector has not run on targets"
-            return seen
-        boxes = []
-        for image, target, shown in zip(*batch, mask, strict=True):
-            height, width = shown.amax(1).sum() / image.shape[-2], shown.amax(0).sum() / image.shape[-1]
-            boxes.append(target["boxes"] * torch.stack([width, height, width, height]))
-        return boxes, (mask.shape[-2], mask.shape[-1])

@@ -87,7 +87,7 @@ class MasKD(Distiller):
         self.alpha, self.own_from, self.token_share, self.progress = alpha, own_from, token_share, 0.0
         where = where or default_place(student)
         self.maps_S, self.maps_T = Levels(student, where), Levels(teacher, teacher_where or where)
-        self.align = Align(self.maps_S.channels, self.maps_T.channels, always=detects)
+        self.align = Align(self.maps_S, self.maps_T, always=detects)
         self.tokens = nn.ModuleList(ReceptiveTokens(channels, tokens, detects) for channels in self.maps_T.channels).requires_grad_(False)
         self.seen: dict[str, Tensor] = {}
 
