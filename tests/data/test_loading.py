@@ -264,3 +264,26 @@ def test_a_sample_that_is_wrong_far_behind_the_first_is_named(workers: int) -> N
     transform = dense_transforms(Preprocessing((0.0,) * 3, (1.0,) * 3), data)[1]
     with pytest.raises(UserError, match=r"sample 5 of the data has the labels \[4\], expected 1 to 3"):
         list(eval_batches(data.train, transform, batch=2, workers=workers, wrong=data.wrong))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_mixed_views_repeat_epoch_by_epoch(name: str) -> None:
+    dataset, transform = SETS[name]()
+    mix = mixing(10, mixup=0.8, cutmix=1.0)
+    repeating, plain = (TrainBatches(dataset, transform, batch=6, seed=0, mix=mix, views=views) for views in (2, None))
+    for epoch in range(5):
+        assert repeating.view(epoch) == epoch % 2
+        assert same(repeating.epoch(epoch), plain.epoch(epoch % 2))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_views_without_mixing_repeat_in_another_order(name: str) -> None:
+    """Every image that a view has shown, as it was, and no other; the first time in the order of any run."""
+    dataset, transform = SETS[name]()
+    repeating, plain = (TrainBatches(dataset, transform, batch=6, seed=0, views=views) for views in (2, None))
+    assert same(repeating.epoch(1), plain.epoch(1))
+    seen = [dict(one for batch in repeating.epoch(epoch) for one in zip(batch[1].tolist(), batch[2], strict=True)) for epoch in (1, 3, 5)]
+    assert len({tuple(each) for each in seen}) == 3
+    for each in seen[1:]:
+        assert each.keys() == seen[0].keys()
+        assert all(torch.equal(image, seen[0][i]) for i, image in each.items())

@@ -237,3 +237,16 @@ def test_validation_does_not_depend_on_the_batch(tmp_path: Path) -> None:
         run.batch = batch
         found.append(run.evaluate())
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"by": "random"}], ids=["student", "random"])
+def test_views_that_never_repeat_are_none(settings: dict[str, Any], tmp_path: Path) -> None:
+    """But for random masks, which are then drawn by view and sample, not by step and sample."""
+    learners = [distiller("masked_kd", **settings) for _ in range(2)]
+    for learner, views in zip(learners, (None, EPOCHS), strict=True):
+        loop(learner, tmp_path / str(views), views=views, mixup=0.8).run()
+    if settings:
+        with pytest.raises(AssertionError):
+            assert_equal(*map(weights, learners))
+    else:
+        assert_equal(*map(weights, learners))

@@ -30,7 +30,7 @@ class Together(Protocol):
 
 
 AnyTransform = Transform | Together
-Place = tuple[int, int, Tensor]  # epoch, step in it, sample ids [b]
+Place = tuple[int, int, Tensor]  # view (the epoch, unless views repeat), step in the epoch, sample ids [b]
 
 
 def mixing(
@@ -69,6 +69,8 @@ class TrainBatches:
     - A sample is read and augmented under (seed, "augment", epoch, its id), a batch is mixed under (seed, "mix", epoch, step).
     - `batch` is the global batch. With S shards, shard r gets a contiguous S-th of it; when mixing, the r-th slice of its first half and
       the mirrored slice of its second half, because timm mixes image i with image B-1-i: every pair stays together, whatever S is.
+    - With V views, epoch e shows the samples of epoch e mod V, augmented and mixed as there; what was dropped there is dropped again. Where
+      pairs are mixed they come in the order of that epoch, else in one of their own.
 
     Args:
         dataset: `dataset[i] -> (image, label)`; `draw(i, epoch)` instead if it has it, or `draw_batch(ids, epoch)` if the transform
@@ -76,6 +78,7 @@ class TrainBatches:
         transform: of `transforms.train_transform`.
         mix: of `mixing`; timm's Mixup in mode "batch".
         wrong: what is wrong with a sample's target, "" if nothing is; `Data.wrong`.
+        views: epochs after which augmentation and mixing repeat; None: never.
 
     Raises:
         UserError: if the set is smaller than a batch, or the batch does not divide.
@@ -93,6 +96,7 @@ class TrainBatches:
         workers: int = 0,
         mix: Mixup | None = None,
         wrong: Callable[[Any], str] | None = None,
+        views: int | None = None,
     ) -> None:
         length, pairs = len(dataset), mix is not None and mix.mixup_enabled  # type: ignore[arg-type]  # Dataset declares no length
         if batch < 1 or workers < 0 or not 0 <= shard < shards:
@@ -106,12 +110,16 @@ class TrainBatches:
             raise UserError(f"the training set has {length} images, fewer than a batch of {batch}: choose batch={length} or less")
         if mix is not None and mix.mode != "batch":
             raise UserError(f"mixup's mode is '{mix.mode}', expected 'batch': the others would depend on the number of processes")
-        self._sampler = _Places(length, batch, seed, _slots(batch, shards, shard, pairs))
+        self._sampler = _Places(length, batch, seed, _slots(batch, shards, shard, pairs), views, pairs)
         self._loader = _loader(_Batches(dataset, transform, seed, mix, wrong), self._sampler, workers, keep=True)
 
     def __len__(self) -> int:
         """Steps an epoch."""
         return self._sampler.length // self._sampler.batch
+
+    def view(self, epoch: int) -> int:
+        """The first epoch whose images are those of this one."""
+        return self._sampler.view(epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[TrainBatch]:
         """Batches `start`, start + 1, … of an epoch.
@@ -171,17 +179,27 @@ def eval_batches(
 class _Places(Sampler[Place]):
     """Where each batch is: which samples this shard takes at each step of an epoch. `epoch` and `start` are set before it is iterated."""
 
-    def __init__(self, length: int, batch: int, seed: int, slots: Tensor) -> None:
-        self.length, self.batch, self.seed, self.slots = length, batch, seed, slots
+    def __init__(self, length: int, batch: int, seed: int, slots: Tensor, views: int | None, pairs: bool) -> None:
+        self.length, self.batch, self.seed, self.slots, self.views, self.pairs = length, batch, seed, slots, views, pairs
         self.epoch, self.start = 0, 0
 
-    def __iter__(self) -> Iterator[Place]:
-        generator = torch.Generator().manual_seed(seed_from(self.seed, "order", self.epoch))
-        return self._places(self.epoch, self.start, torch.randperm(self.length, generator=generator))
+    def view(self, epoch: int) -> int:
+        return epoch if self.views is None else epoch % self.views
 
-    def _places(self, epoch: int, start: int, order: Tensor) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[Place]:
+        view = self.view(self.epoch)
+        order = self._shuffled(self.length, "order", view)
+        if view != self.epoch and not self.pairs:  # pairs are of two images that meet in one place of one batch
+            order = order[: self.length // self.batch * self.batch]
+            order = order[self._shuffled(len(order), "order again", self.epoch)]
+        return self._places(view, self.start, order)
+
+    def _shuffled(self, length: int, what: str, epoch: int) -> Tensor:
+        return torch.randperm(length, generator=torch.Generator().manual_seed(seed_from(self.seed, what, epoch)))
+
+    def _places(self, view: int, start: int, order: Tensor) -> Iterator[Place]:
         for step in range(start, self.length // self.batch):
-            yield epoch, step, order[step * self.batch + self.slots]
+            yield view, step, order[step * self.batch + self.slots]
 
 
 def _slots(batch: int, shards: int, shard: int, pairs: bool) -> Tensor:

@@ -95,6 +95,7 @@ class Loop:
             workers=recipe.workers,
             mix=_mixing(data, recipe),
             wrong=data.wrong,
+            views=recipe.views,
         )
         if self.batch // self.accelerator.num_processes % recipe.accumulate:
             raise UserError(f"a process's part of the batch of {self.batch} does not divide into accumulate={recipe.accumulate} parts")
@@ -219,7 +220,8 @@ class Loop:
         """The gradients of one part of the batch; processes exchange them with the last part only."""
         ids, images, targets = part
         waiting = nullcontext() if last else self.accelerator.no_sync(self.model)
-        with waiting, samples(self.recipe.seed, step, ids):
+        place = step if self.recipe.views is None else self.batches.view(step // self.steps_per_epoch)
+        with waiting, samples(self.recipe.seed, place, ids):
             with self.accelerator.autocast():
                 terms = self.model((images, targets), turn)
             self.accelerator.backward(torch.stack(list(terms.values())).sum() * share)

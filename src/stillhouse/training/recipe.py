@@ -32,6 +32,7 @@ class Recipe:
         mixup: mixup's alpha, 0 for none; mixed labels are soft.
         cutmix: cutmix's alpha, 0 for none.
         smoothing: label smoothing in [0, 1).
+        views: epochs after which augmentation, mixing and random masks repeat: an image then has so many views; never by default.
         workers: processes that load images; 0 loads in the main process.
         save_every: updates between checkpoints; by default one an epoch.
         log_every: updates between rows of the log; the loss is checked there too.
@@ -58,6 +59,7 @@ class Recipe:
     mixup: float = 0.0
     cutmix: float = 0.0
     smoothing: float = 0.0
+    views: int | None = None
     workers: int = 0
     save_every: int | None = None
     log_every: int = 50
@@ -72,7 +74,7 @@ class Recipe:
         Raises:
             UserError: naming the setting, its value and what was expected.
         """
-        for name in ("epochs", "batch", "accumulate", "log_every", "eval_every", "max_steps", "save_every"):
+        for name in ("epochs", "batch", "accumulate", "log_every", "eval_every", "max_steps", "save_every", "views"):
             self._expect(name, lambda value: value >= 1 and value == int(value), "a whole number of at least 1")
         for name in ("workers", "seed"):
             self._expect(name, lambda value: value >= 0 and value == int(value), "a whole number of at least 0")
