@@ -19,6 +19,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from stillhouse.models.preprocessing import Preprocessing, set_preprocessing
+from tests.counts import TRIED
 
 CLASSES = 5
 SIDE = 32
@@ -187,3 +188,9 @@ FAMILIES = [
     _transformers("AST", **_AUDIO),
 ]
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was tried of bad and hostile input."""
+    for kind, count in sorted(TRIED.items()):
+        terminalreporter.write_line(f"{count:6} {kind}")

@@ -194,7 +194,17 @@ def _method(arguments: Sequence[str]) -> str:
 def _show_log(main_process: bool) -> None:
     import logging
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    from stillhouse.errors import printable
+
+    class Printable(logging.Formatter):
+        """Names of files and classes steer no terminal."""
+
+        def format(self, record: logging.LogRecord) -> str:
+            return "\n".join(map(printable, super().format(record).split("\n")))
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("stillhouse").setLevel(logging.INFO if main_process else logging.WARNING)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, printable
 
 FREE = ("workers", "save_every", "trackers")
 """The settings that a resume may change: they do not change what is learnt."""
@@ -90,6 +90,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Facts as FOLDER/run.json."""
     _write_whole(folder / "run.json", json.dumps(facts, indent=1))
+
+
+def write_skipped(folder: Path, skipped: list[str]) -> None:
+    """What was left out of the data as FOLDER/skipped.txt, a line each; no file where nothing was."""
+    if skipped:
+        _write_whole(folder / "skipped.txt", "".join(f"{printable(each)}\n" for each in skipped))
 
 
 @contextmanager

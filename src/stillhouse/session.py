@@ -48,7 +48,7 @@ from stillhouse.models.weights import weights_hash
 from stillhouse.randomness import seed_from, seeded
 from stillhouse.report import write_report
 from stillhouse.results import results
-from stillhouse.run_folder import FREE, read_facts, read_settings, slug, status, write_facts, write_settings, writing
+from stillhouse.run_folder import FREE, read_facts, read_settings, slug, status, write_facts, write_settings, write_skipped, writing
 from stillhouse.tasks.base import Task
 from stillhouse.training.batches import on_device
 from stillhouse.training.checkpoint import checkpoints, load_checkpoint
@@ -228,8 +228,14 @@ class Session:
             of_few = {name for name in ("unlabelled", "judge") if named[name] is None}
             write_settings(self.folder, {name: value for name, value in named.items() if name not in of_few} | settings)
             write_facts(self.folder, facts)
+            write_skipped(self.folder, self.skipped)
         self.facts = facts
         state.wait_for_everyone()
+
+    @property
+    def skipped(self) -> list[str]:
+        """What was left out of the data, and why."""
+        return list(dict.fromkeys([*self.data.skipped, *self.unlabelled.skipped]))
 
     def describe(self, stage: Stage) -> dict[str, Any]:
         """What `run.json` says about a run that begins."""
@@ -247,7 +253,7 @@ class Session:
                 "classes": self.data.classes,
                 "train": len(self.data.train),  # type: ignore[arg-type]
                 "val": len(self.data.val),  # type: ignore[arg-type]
-                "skipped": self.data.skipped,
+                "skipped": self.skipped,
             },
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
@@ -333,7 +339,7 @@ def trained_judge(beside: Path, data: Any, smoke: bool) -> Path:
         LOG.info("training a judge of '%s' in %s", data, folder)
         recipe = {"batch": 64, "epochs": 20, "lr": 2e-3, "eval_every": 20, "trackers": "none", "smoke": smoke}
         own: dict[str, Any] = {"method": "scratch", "student": "timm/test_resnet", "data": data, "task": "classify"}
-        own |= {"student_weights": "random", "allow_partial": False, "allow_weak_teacher": True, "baseline": False, "bad_data": "refuse"}
+        own |= {"student_weights": "random", "allow_partial": False, "allow_weak_teacher": True, "baseline": False, "bad_data": "skip"}
         Session(folder, dict.fromkeys(OWN) | own | recipe, resume=(folder / "settings.yaml").is_file()).run()
     return folder
 

@@ -147,7 +147,7 @@ def test_an_image_is_found_by_its_xml_files_name_or_by_what_that_says(tmp_path: 
         (xml("0.png", [("ant", float("nan"), 5, 8, 6)]), "is not of finite numbers", 4),
         (xml("0.png", [("ant", "x", 5, 8, 6)]), "0.xml: object 1 (it has no box of four numbers)", 4),  # type: ignore[list-item]
         (xml("0.png", [("", 1, 1, 2, 2)]), "0.xml: object 1 (it has no name)", 4),
-        (xml("0.png", [("ant", 1, 1, 2, 2)], (21, 10)), "0.xml (it is 20 x 10, but annotated as 21 x 10)", 3),
+        (xml("0.png", [("ant", 1, 1, 2, 2)], (21, 10)), "0.xml: 0.png (it is 20 x 10, but annotated as 21 x 10)", 3),
         (xml("0.png", [("ant", 1, 1, 2, 2)], (-1, 10)), "0.xml (its size is -1 x 10, expected numbers of pixels)", 3),
         ("<annotation>", "0.xml (no element found", 3),
         ("", "0.xml (no element found", 3),

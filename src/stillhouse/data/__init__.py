@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 
 from stillhouse.errors import UserError, nearest
 
+LOG = logging.getLogger("stillhouse")
 BadData = Literal["refuse", "skip"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TaskName = Literal["classify", "detect", "segment", "encode", "generate", "regress"]
@@ -194,6 +196,8 @@ def open_data(spec: str | Data, *, seed: int = 0, bad_data: BadData = "refuse", 
     if task is not None and task not in _WRONG:
         raise UserError(f"there is no task '{task}'{nearest(task, _WRONG)}; expected {', '.join(_WRONG)}")
     data = spec if isinstance(spec, Data) else _open(spec, seed, bad_data, task)
+    if data is not spec and data.skipped:
+        LOG.warning("%d left out of '%s': %s%s", len(data.skipped), spec, "; ".join(data.skipped[:3]), "; …" * (len(data.skipped) > 3))
     if task in OF_CLASSES and data.task in OF_CLASSES:
         data = data if task == data.task else replace(data, task=task)
     if task is not None and data.task != task:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stillhouse.data import BadData, Data
-from stillhouse.data.images import open_image, plain, why_broken
+from stillhouse.data.images import open_image, opened, plain, why_broken
 from stillhouse.data.options import within
 from stillhouse.data.splits import split
 from stillhouse.errors import UserError
@@ -119,7 +119,8 @@ def _usable(root: Path, pictures: list[Picture], faults: list[str]) -> list[Pict
     usable = []
     for picture, size in zip(pictures, found, strict=True):
         if isinstance(size, str):
-            faults.append(f"{picture.where} ({size})")
+            named = os.path.basename(picture.path) in picture.where
+            faults.append(f"{picture.where} ({size})" if named else f"{picture.where}: {picture.path} ({size})")
             continue
         boxes = []
         for box in picture.boxes:
@@ -161,7 +162,7 @@ def look(path: Path, size: Size | None = None) -> Size | str:
         return why
     try:
         upright, stored = _sizes(path)
-    except Exception as error:  # as in why_broken: Pillow raises whatever odd metadata make it stumble over
+    except (OSError, SyntaxError, ValueError) as error:
         return f"its metadata cannot be read: {error}"
     if size not in (None, upright, stored):
         return f"it is {upright[0]} x {upright[1]}, but annotated as {size[0]} x {size[1]}"
@@ -170,7 +171,7 @@ def look(path: Path, size: Size | None = None) -> Size | str:
 
 def _sizes(path: Path) -> tuple[Size, Size]:
     """(width, height) upright and as stored, from the header alone."""
-    with Image.open(path) as image:
+    with opened(path) as image:
         known = image.format != "PNG" or any(name in image.info for name in ORIENTED)  # asking a PNG that has none would decode it
         turned = known and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (image.size[::-1] if turned else image.size), image.size
@@ -186,7 +187,7 @@ def read_image(path: Path, size: Size | None = None) -> Image.Image:
         image = open_image(path)
         if size in (None, image.size):
             return image
-        with Image.open(path) as stored:
+        with opened(path) as stored:
             image = stored.copy()
         for name in ORIENTED:
             image.info.pop(name, None)

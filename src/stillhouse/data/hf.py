@@ -35,10 +35,12 @@ class Rows(Dataset[tuple[Image.Image, int]]):
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        encoded = self.rows[int(i)][self.image]
         try:
-            return open_image(_source(self.rows[int(i)][self.image]), self.channels), self.labels[i]
+            return open_image(_source(encoded), self.channels), self.labels[i]
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"image {i} cannot be read ({error}): leave it out of the data set, and start again") from error
+            name = f" '{encoded['path']}'" if encoded and encoded.get("path") else ""
+            raise UserError(f"image {i}{name} cannot be read ({error}): leave it out of the data set, and start again") from error
 
 
 def open_hf(text: str, *, bad_data: BadData = "refuse") -> Data:

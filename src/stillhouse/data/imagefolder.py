@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from stillhouse.data import BadData, Data
-from stillhouse.data.images import SUFFIXES, find_broken, open_image, refuse_or_skip
+from stillhouse.data.images import SUFFIXES, find_broken, find_images, open_image, refuse_or_skip
 from stillhouse.data.options import path_and_options, read_options, within
 from stillhouse.data.splits import split
 from stillhouse.errors import UserError
@@ -42,7 +42,7 @@ class Files(Dataset[tuple[Image.Image, int]]):
 
 
 def open_imagefolder(text: str, *, bad_data: BadData = "refuse") -> Data:
-    """Open `imagefolder:TEXT`. Every file is looked at once, about 0.1 ms each (`images.why_broken`).
+    """Open `imagefolder:TEXT`. Every file is looked at once (`images.why_broken`): a JPEG in 0.1 ms, a PNG in half of what decoding takes.
 
     Raises:
         UserError: if the folder is missing or empty, a class has no image, images are broken (unless `bad_data` is "skip"), all of
@@ -101,12 +101,7 @@ def _scan(root: Path, folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
         raise UserError(f"'{folder}' has no sub-folders, expected one a class with its images")
     found = []
     for label, name in enumerate(classes):
-        images = sorted(
-            os.path.relpath(os.path.join(where, file), root)
-            for where, _, files in os.walk(folder / name, followlinks=True)
-            for file in files
-            if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith(".")
-        )
+        images = sorted(os.path.relpath(file, root) for file in find_images(folder / name))
         if not images:
             raise UserError(
                 f"class '{name}' has no image in '{folder / name}', expected {', '.join(sorted(SUFFIXES))}: add some or delete the folder"
@@ -151,5 +146,5 @@ def _fingerprint(root: Path, *parts: list[tuple[str, int]]) -> str:
     for part in parts:
         digest.update(f"{len(part)}\n".encode())
         for name, _ in part:
-            digest.update(f"{Path(name).as_posix()} {(root / name).stat().st_size}\n".encode())
+            digest.update(f"{Path(name).as_posix()} {(root / name).stat().st_size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from stillhouse.data import IGNORED, BadData, Data
 from stillhouse.data.boxes import Size, folder_of, in_threads, look, read_image, refuse_faults, refuse_shared, side_of, two_parts, val_share
 from stillhouse.data.imagefolder import TRAIN, VAL
-from stillhouse.data.images import SUFFIXES
+from stillhouse.data.images import find_images, opened
 from stillhouse.data.options import path_and_options, read_options, within
 from stillhouse.errors import UserError
 
@@ -85,7 +85,7 @@ def read_mask(path: Path, numbers: Numbers) -> NDArray[np.uint8]:
 
 
 def _values(path: Path) -> NDArray[Any]:
-    with Image.open(path) as mask:
+    with opened(path) as mask:
         _refuse_colours(mask)
         return np.asarray(mask).astype(np.uint8) if mask.mode == "1" else np.asarray(mask)
 
@@ -196,7 +196,7 @@ def _look(root: Path, pair: Pair, numbers: Numbers | None) -> Size | str:
     if isinstance(why, str):
         return f"{pair.mask} ({why})"
     try:
-        with Image.open(path) as mask:
+        with opened(path) as mask:
             _refuse_colours(mask)
             size = mask.size
         if numbers is not None:
@@ -242,11 +242,8 @@ def _pairs(root: Path, image_folder: Path, mask_folder: Path, faults: list[str])
 def _files(root: Path, folder: Path) -> dict[str, list[str]]:
     """The image files in a folder and its sub-folders, as paths below root, by their path below the folder without suffix."""
     found: dict[str, list[str]] = {}
-    for where, _, names in os.walk(folder, followlinks=True):
-        for name in sorted(names):
-            stem, suffix = os.path.splitext(os.path.join(where, name))
-            if suffix.lower() in SUFFIXES and not name.startswith("."):
-                found.setdefault(os.path.relpath(stem, folder), []).append(os.path.relpath(stem + suffix, root))
+    for file in find_images(folder):
+        found.setdefault(os.path.relpath(os.path.splitext(file)[0], folder), []).append(os.path.relpath(file, root))
     return found
 
 

@@ -16,6 +16,6 @@ def write_report(run_dir: str | Path) -> Path:
 
     path = Path(run_dir) / "report.html"
     unfinished = path.with_suffix(".html.tmp")
-    unfinished.write_text(render(Path(run_dir)), encoding="utf-8")
+    unfinished.write_text(render(Path(run_dir)), encoding="utf-8", errors="backslashreplace")  # a file's name may be no text
     os.replace(unfinished, path)
     return path

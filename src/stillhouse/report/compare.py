@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, printable
 from stillhouse.report.numbers import DASH, duration, known, milliseconds, percent, plain, si
 from stillhouse.report.run_folder import last, read_columns, read_record, results, row_of, task_of
 
@@ -105,12 +105,12 @@ def print_table(rows: list[dict[str, Any]], console: Console | None = None) -> N
         table.add_column(measures[key][0], justify="right", no_wrap=True)
     for row in rows:
         setup = [Path(row["run"]).name, *(DASH if row.get(key) is None else str(row[key]) for key in differing if key in SHORT)]
-        table.add_row(*(Text(cell) for cell in setup), *(measures[key][1](row.get(key)) for key in measured))
+        table.add_row(*(Text(printable(cell)) for cell in setup), *(measures[key][1](row.get(key)) for key in measured))
     console = console or Console()
     console.print(table)
     for row in rows:
         setup = [f"{SETUP[key]} {row[key]}" for key in differing if key not in SHORT and row.get(key) is not None]
-        console.print(Text(f"{row['run']}: {', '.join(setup)}" if setup else str(row["run"])), style="dim")
+        console.print(Text(printable(f"{row['run']}: {', '.join(setup)}" if setup else row["run"])), style="dim")
     same = [f"{SETUP[key]} {rows[0][key]}" for key in SETUP if rows and key not in differing and rows[0].get(key) is not None]
     if same:
-        console.print(Text(f"{'all' if len(rows) > 1 else 'with'}: {', '.join(same)}"), style="dim")
+        console.print(Text(printable(f"{'all' if len(rows) > 1 else 'with'}: {', '.join(same)}")), style="dim")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from stillhouse.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -51,7 +53,7 @@ def _run(run: Any) -> None:
             line += f"; a step took {percent(saved['step_ms_kept'] / saved['step_ms_full'])} of the time with the whole teacher"
         print(line)
     for alarm in facts.get("alarms") or []:
-        print(f"warning: {alarm}")
+        print(f"warning: {printable(alarm)}")
     print(f"report: {run.report}")
 
 
@@ -85,8 +87,9 @@ def _findings(findings: Any) -> None:
 
 
 def _metrics(metrics: dict[str, float]) -> None:
-    width = max(12, *map(len, metrics))
-    for name, value in metrics.items():
+    named = {printable(name): value for name, value in metrics.items()}
+    width = max(12, *map(len, named))
+    for name, value in named.items():
         print(f"{name:>{width}}  {value:.4f}")
 
 
