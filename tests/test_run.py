@@ -219,9 +219,17 @@ def test_a_compiled_run_has_the_same_losses(tmp_path: Path, monkeypatch: pytest.
 
 
 WORK = """
-import json, sys, warnings
+import atexit, glob, json, os, sys, warnings
 warnings.simplefilter("ignore")
 import torch
+
+@atexit.register  # the first to be registered is the last to be called
+def at_the_end():
+    threads = [open(name).read().strip() for name in glob.glob("/proc/self/task/*/comm")]
+    left = [name for name in threads if "gloo" in name] + ["group"] * torch.distributed.is_initialized()
+    with open(sys.argv[2] + os.environ["RANK"], "w") as file:
+        json.dump(left, file)
+
 torch.set_num_threads(1)
 import stillhouse as sh
 for name, method, job in json.loads(sys.argv[1]):
@@ -240,11 +248,13 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     (tmp_path / "work.py").write_text(WORK)
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     there = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen([*launch, str(tmp_path / "work.py"), json.dumps(jobs)], stderr=subprocess.PIPE, text=True, env=there)
+    command = [*launch, str(tmp_path / "work.py"), json.dumps(jobs), str(tmp_path / "left-")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=there)
     for name, (method, job) in JOBS.items():
         sh.distill(method, out=str(tmp_path / "one" / name), **common | job)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said[-3000:]
+    assert [json.loads((tmp_path / f"left-{rank}").read_text()) for rank in range(2)] == [[], []]  # gloo's threads could abort Python's end
     for folder in [Path(name) for name in JOBS] + [Path("masked/baseline")]:
         one, two = tmp_path / "one" / folder, tmp_path / "two" / folder
         for table in ("train.csv", "val.csv"):

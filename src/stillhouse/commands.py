@@ -136,7 +136,7 @@ def evaluate(
     from stillhouse.session import metric_of
     from stillhouse.training.evaluation import evaluate as measure
     from stillhouse.training.evaluation import learnt
-    from stillhouse.training.processes import on_cpu
+    from stillhouse.training.processes import on_cpu, processes
 
     folder = Path(run) if (Path(run) / "settings.yaml").is_file() or not (Path(run) / "config.json").is_file() else Path(run).parent
     settings = read_settings(folder / "settings.yaml")
@@ -146,6 +146,7 @@ def evaluate(
     if (folder / "data").is_dir():
         raise UserError(f"the run in {run} made a data set, not a network: train one on it with --method scratch --data {run}")
     opened = open_data(data, bad_data=bad_data, task=read_facts(folder).get("task"))
+    processes()
     accelerator = Accelerator(cpu=on_cpu())
     student = open_model(str(run), **fit_of(opened)).to(accelerator.device)
     preprocessing = input_of(student, opened)

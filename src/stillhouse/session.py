@@ -19,7 +19,6 @@ from typing import Any
 import accelerate
 import timm
 import torch
-from accelerate import PartialState
 from torch import nn
 
 import stillhouse
@@ -53,7 +52,7 @@ from stillhouse.tasks.base import Task
 from stillhouse.training.batches import on_device
 from stillhouse.training.checkpoint import checkpoints, load_checkpoint
 from stillhouse.training.loop import Loop
-from stillhouse.training.processes import on_cpu
+from stillhouse.training.processes import processes
 
 LOG = logging.getLogger("stillhouse")
 
@@ -210,7 +209,7 @@ class Session:
 
     def prepare(self, stage: Stage, data: Data) -> None:
         """Lets the stage's distiller see the training set before anything is made of its parameters."""
-        device = PartialState(cpu=on_cpu()).device
+        device = processes().device
         stage.distiller.to(device)
         batches = eval_batches(data.train, self.transforms[1], batch=self.recipe.batch, workers=self.recipe.workers)
         with seeded(self.recipe.seed, "prepare", stage.name):
@@ -218,7 +217,7 @@ class Session:
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Everything was opened and checked: from here on there is a folder."""
-        state, settings = PartialState(), vars(self.recipe) | self.augmentation | self.settings
+        state, settings = processes(), vars(self.recipe) | self.augmentation | self.settings
         if state.is_main_process:
             with writing(self.folder):
                 if self.overwrite and self.folder.exists():
@@ -297,7 +296,7 @@ class Session:
 
     def end(self, status: str) -> None:
         """Says in `run.json` how the run stands, once there is one."""
-        if self.facts and PartialState().is_main_process:
+        if self.facts and processes().is_main_process:
             self.facts |= {"status": status, "seconds": round(time.time() - self.started, 1)}
             write_facts(self.folder, self.facts)
 

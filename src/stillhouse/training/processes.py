@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType, parse_flag_from_env
+from torch import distributed
 
 from stillhouse.errors import UserError, nearest
 from stillhouse.training.recipe import Recipe
+
+
+def processes() -> PartialState:
+    """This process among the others of the run; whoever asks first joins their group.
+
+    The group lasts from one run to the next, and is left before Python ends: gloo's threads would otherwise release tensors while the
+    interpreter is taken down, and abort the process after all its work is done.
+    """
+    alone = not distributed.is_initialized()
+    state = PartialState(cpu=on_cpu())
+    if alone and distributed.is_initialized():
+        atexit.register(_leave)
+    return state
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        gc.collect()  # networks wrapped for several processes lie in circles, and each holds the group
+        distributed.destroy_process_group()
 
 
 def accelerator_for(recipe: Recipe, folder: Path, turns: int = 1) -> Accelerator:
@@ -20,6 +42,7 @@ def accelerator_for(recipe: Recipe, folder: Path, turns: int = 1) -> Accelerator
     Raises:
         UserError: if the precision asked for does not work here, or a tracker is unknown or not installed.
     """
+    processes()
     AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision fp16 needs a CUDA device; use bf16 or fp32 here")
