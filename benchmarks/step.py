@@ -1,7 +1,8 @@
 """What a step of MaskedKD costs beside what one would use instead: one process, everything in turn, ratios paired by round.
 
     python benchmarks/step.py --rounds 20 --out step.json      # deit_tiny from deit_base at 224 px; some minutes on two cores
-    python benchmarks/step.py --dense --rounds 5               # RetinaNet-R50 from R101 at 512 px: ACAM-KD beside plain feature KD
+    python benchmarks/step.py --dense                          # RetinaNet-R50 from R101 at 512 px: ACAM-KD beside plain feature KD
+    python benchmarks/step.py --dense --size 800 1333 --batch 1 --rounds 3       # the same on images of COCO's usual size: for the memory
     python benchmarks/step.py --smoke                          # the same on toy networks: does it run?
 
 Beside each other: plain training; timm's LogitDistillationTask; the step of MaskedKD written out by hand on timm's modules;
@@ -16,6 +17,8 @@ import json
 import platform
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,9 @@ from stillhouse.data.transforms import eval_transform, train_transform
 from stillhouse.distillers.supervised.masked_kd import MaskedKD
 from stillhouse.masks.tokens import class_attention, highest, keep_count
 from stillhouse.measure.copies import with_frozen_weights
-from stillhouse.measure.dense import estimate_dense
+from stillhouse.measure.dense import batch_of, distiller_of, estimate_dense, step_of
 from stillhouse.measure.flops import macs
-from stillhouse.measure.timing import interleaved, ratio, spread
+from stillhouse.measure.timing import Memory, interleaved, peak_memory, ratio, spread
 from stillhouse.models.opening import open_model
 from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.models.tokens import OnSomeTokens
@@ -66,26 +69,49 @@ def main() -> None:
         console.print(f"written: {options.out}")
 
 
-RETINANET = "torchvision/retinanet:backbone={},min_size={size},max_size={size}"
+COCO = 80  # classes
+RETINANET = "torchvision/retinanet:backbone={},min_size={},max_size={}"
 
 
 def dense(options: argparse.Namespace, console: Console) -> None:
-    """What ACAM-KD costs a detector: step time and memory beside plain feature distillation and plain training, in turn in this process."""
-    size = 64 if options.smoke else 512
+    """What ACAM-KD costs a detector beside plain feature distillation and plain training.
+
+    Step times in turn in this process; the memory of each in a new process of its own, where no other has left anything behind.
+    """
+    size = (64, 64) if options.smoke else (options.size[0], options.size[-1])
     small = ",channels=16" if options.smoke else ""
     backbones = ("resnet18", "resnet18") if options.smoke else ("resnet101", "resnet50")
-    specs = [RETINANET.format(backbone, size=size) + small for backbone in backbones]
-    teacher, student = (open_model(spec, classes=80, channels=3, task="detect").to(options.device) for spec in specs)
-    rows = estimate_dense(teacher, student, image_size=size, classes=80, batch=options.batch, rounds=options.rounds)
+    specs = [RETINANET.format(backbone, min(size), max(size)) + small for backbone in backbones]
+    teacher, student = _detectors(specs, options.device)
+    rows = estimate_dense(teacher, student, image_size=size, classes=COCO, batch=options.batch, rounds=options.rounds)
+    del teacher, student
+    for row in rows:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+            memory = alone.submit(_memory, row["name"], specs, size, options.batch, options.device).result()
+        row |= {"memory_bytes": memory.bytes, "memory_of": memory.of}
+    for row in rows:
+        row["above_plain"] = row["memory_bytes"] - rows[0]["memory_bytes"]
     result = {
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "setting": {"teacher": specs[0], "student": specs[1], "size": size, "batch": options.batch, "rounds": options.rounds}
         | {"device": options.device, "threads": torch.get_num_threads(), "smoke": options.smoke},
         "rows": rows,
     }
+    console.print(f"{specs[1]} from {specs[0]}, {options.batch} x {size[0]} x {size[1]}, {options.rounds} rounds", soft_wrap=True)
     print_estimate(rows, console)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _detectors(specs: list[str], device: str) -> list[nn.Module]:
+    return [open_model(spec, classes=COCO, channels=3, task="detect").to(device) for spec in specs]
+
+
+def _memory(name: str, specs: list[str], size: tuple[int, int], batch: int, device: str) -> Memory:
+    """The peak of a step of one row, after one in which the optimiser has made its state."""
+    step = step_of(distiller_of(name, *_detectors(specs, device)).train(), batch_of(True, size, COCO, batch), "fp32")
+    step()
+    return peak_memory(step)
 
 
 class Bench:
@@ -290,6 +316,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--teacher", default="deit_base_patch16_224", help="a ViT of timm with a class token, of the same size")
     parser.add_argument("--batch", type=int, help="images in a step; 16, or 2 with --dense")
     parser.add_argument("--dense", action="store_true", help="detectors instead of classifiers")
+    parser.add_argument("--size", type=int, nargs="+", default=[512], help="with --dense: side of the images, or height and width")
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write all times and ratios here, as JSON")

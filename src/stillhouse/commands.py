@@ -79,7 +79,7 @@ def estimate(
     keeps: list[float] | None = None,
     rounds: int = 5,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
-    task: Literal["classify", "detect", "segment"] = "classify",
+    task: Literal["classify", "detect", "segment"] | None = None,
     size: int | None = None,
 ) -> list[dict[str, Any]]:
     """Measures what a step costs here: of plain training, full distillation and MaskedKD to classify; of plain training, plain feature
@@ -94,17 +94,19 @@ def estimate(
         keeps: shares of the patches that the teacher sees; 1, 0.75, 0.5 and 0.25 by default.
         rounds: measured steps of each row.
         precision: fp32, or bf16 or fp16 under autocast.
-        task: what the networks are for.
+        task: what the networks are for; by default what the student's name tells, else to classify.
         size: side of the images; by default the student's own, 224 to classify and 512 to detect or segment.
     """
+    from stillhouse.fitting import DENSE, task_of_network
     from stillhouse.measure.dense import estimate_dense
     from stillhouse.measure.estimate import estimate as measure
     from stillhouse.models.opening import open_model
     from stillhouse.models.preprocessing import preprocessing_of
 
-    dense: dict[str, Any] = {} if task == "classify" else {"task": task, "image_size": size or 512}
+    found = task or task_of_network(student)
+    dense: dict[str, Any] = {"task": found, "image_size": size or 512} if found in DENSE else {}
     networks = [open_model(spec, classes=classes, channels=channels, new_head=True, **dense) for spec in (teacher, student)]
-    if task != "classify":
+    if dense:
         return estimate_dense(*networks, image_size=size or 512, classes=classes, batch=batch, rounds=rounds, precision=precision)
     known = preprocessing_of(networks[1])
     size = size or (known.size if known else None) or 224

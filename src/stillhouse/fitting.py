@@ -59,8 +59,15 @@ def task_of_job(job: dict[str, Any]) -> TaskName | None:
     open_question = job["task"] is None and isinstance(data, str) and data.partition(":")[0] in OF_SEVERAL_TASKS and "task=" not in data
     if not open_question or student is None:
         return job["task"]  # type: ignore[no-any-return]
-    found = ("detect" if is_detector(student) else None) if isinstance(student, nn.Module) else task_of(student)
-    return found if found in ("detect", "segment") else None
+    found = task_of_network(student)
+    return found if found in DENSE else None
+
+
+def task_of_network(network: str | nn.Module) -> TaskName | None:
+    """What a network is there for, by its name or its contract; None where neither tells."""
+    if isinstance(network, str):
+        return task_of(network)
+    return "detect" if is_detector(network) else getattr(network, "stillhouse", {}).get("task")
 
 
 def for_method(method: str | type[Distiller], data: Data, asked: str | None) -> Data:

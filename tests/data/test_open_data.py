@@ -56,6 +56,32 @@ def test_what_is_wrong_with_a_users_data_is_said(changes: dict[str, object], say
         own(**changes)
 
 
+def boxed(*corners: float, label: int = 1) -> Wrong:
+    return Wrong((Image.new("RGB", (20, 10)), {"boxes": torch.tensor([corners]), "labels": torch.tensor([label])}))
+
+
+@pytest.mark.parametrize(
+    ("task", "sample", "says"),
+    [
+        ("detect", boxed(0, 0, 8, 8, label=3), r"the labels \[3\], expected 1 to 2"),
+        ("detect", boxed(8, 0, 8, 8), "a box without area"),
+        ("detect", boxed(0, 0, float("nan"), 8), "a box without area"),
+        ("detect", boxed(0, 0, 8, 11.5), r"a box that reaches out of its image of 20 x 10 among .*11\.5.*: cut it to the image"),
+        ("detect", boxed(-2, 0, 8, 8), "a box that reaches out of its image of 20 x 10"),
+        ("detect", boxed(-0.5, -0.5, 20.5, 10.5), ""),
+        ("segment", Wrong((Image.new("RGB", (20, 10)), torch.full((10, 20), 2))), r"the mask values \[2\], expected 0 to 1, or 255"),
+        ("segment", Wrong((Image.new("RGB", (20, 10)), torch.zeros(20, 10).byte())), "a mask of 10 x 20 for an image of 20 x 10, expected"),
+        ("segment", Wrong((torch.zeros(3, 10, 20).byte(), torch.zeros(10, 20).byte())), ""),
+    ],
+)
+def test_what_is_wrong_with_a_users_boxes_and_masks_is_said(task: str, sample: Wrong, says: str) -> None:
+    if not says:
+        own(task=task, train=sample, val=sample)
+        return
+    with pytest.raises(UserError, match=says):
+        own(task=task, train=sample, val=sample)
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [

@@ -27,3 +27,5 @@ def test_smoke_of_the_detectors(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == ["plain training", "plain feature KD", "ACAM-KD"]
     assert rows["plain training"]["of_plain"] == rows["plain feature KD"]["of_features"] == [1, 1, 1]
+    assert rows["plain training"]["above_plain"] == 0
+    assert all(row["memory_bytes"] > 0 for row in rows.values())

@@ -27,6 +27,8 @@ OF_CLASSES = ("classify", "encode", "generate")
 """The tasks that take images with class numbers: to name them, to be told apart without learning them, to be made."""
 IGNORED = 255
 """The value of a mask's pixels that nobody is judged by."""
+SLACK = 1.0
+"""Pixels that a box may reach out of its image: rounding, not a mistake."""
 FORMS = {
     **{"digits": "digits", "fashion-mnist": "fashion-mnist", "animal-mnist": "animal-mnist"},
     **{"imagefolder": "imagefolder:DIR", "hf": "hf:DIR_OR_NAME"},
@@ -112,24 +114,24 @@ class Data:
                 f"the {part} set of '{self.name}' gives images as {kind}, expected PIL images or uint8 tensors [C, H, W]; "
                 "leave its transforms out: images are resized, augmented and normalised afterwards"
             )
-        wrong = self.wrong(label)
+        wrong = self.wrong(image, label)
         if wrong:
             raise UserError(f"the {part} set of '{self.name}' has {wrong}")
 
     @property
-    def wrong(self) -> Callable[[Any], str]:
-        """Says what is wrong with a sample's target, "" if nothing is; every sample that is read is asked."""
+    def wrong(self) -> Callable[[Any, Any], str]:
+        """Says of an image and its target what is wrong with the target, "" if nothing is; every sample that is read is asked."""
         return partial(_WRONG[self.task], classes=len(self.classes))
 
 
-def _wrong_label(label: Any, classes: int) -> str:
+def _wrong_label(image: Any, label: Any, classes: int) -> str:
     try:
         return "" if 0 <= int(label) < classes else f"the label {label}, expected 0 to {classes - 1}"
     except (TypeError, ValueError):
         return f"a {type(label).__name__} as label, expected a class number; for boxes say task='detect', for masks task='segment'"
 
 
-def _wrong_boxes(target: Any, classes: int) -> str:
+def _wrong_boxes(image: Any, target: Any, classes: int) -> str:
     if not isinstance(target, dict) or not {"boxes", "labels"} <= target.keys():
         return f"a {type(target).__name__} as target, expected a dictionary with 'boxes' [n, 4] and 'labels' [n]"
     boxes, labels = target["boxes"], target["labels"]
@@ -139,23 +141,33 @@ def _wrong_boxes(target: Any, classes: int) -> str:
         return f"the labels {labels.tolist()}, expected 1 to {classes} (0 is the background)"
     if not (boxes[:, 2:] > boxes[:, :2]).all():
         return f"a box without area among {boxes.tolist()}, expected x1 < x2 and y1 < y2"
-    return ""
+    height, width = _size(image)
+    inside = (boxes >= -SLACK) & (boxes <= boxes.new_tensor([width, height, width, height]) + SLACK)
+    return "" if inside.all() else f"a box that reaches out of its image of {width} x {height} among {boxes.tolist()}: cut it to the image"
 
 
-def _wrong_mask(mask: Any, classes: int) -> str:
+def _wrong_mask(image: Any, mask: Any, classes: int) -> str:
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype.is_floating_point:
         return f"a {type(mask).__name__} as mask, expected class numbers, uint8 [H, W]"
+    if tuple(mask.shape) != _size(image):
+        seen, expected = (f"{width} x {height}" for height, width in (mask.shape, _size(image)))
+        return f"a mask of {seen} for an image of {expected}, expected one size"
     if not (((mask >= classes) | (mask < 0)) & (mask != IGNORED)).any():
         return ""
     unknown = sorted(set(mask.unique().tolist()) - set(range(classes)) - {IGNORED})
     return f"the mask values {unknown}, expected 0 to {classes - 1}, or {IGNORED} where nobody is judged" if unknown else ""
 
 
-def _wrong_floats(target: Any, classes: int) -> str:
+def _wrong_floats(image: Any, target: Any, classes: int) -> str:
     if not isinstance(target, Tensor) or not target.dtype.is_floating_point or target.shape != (classes,):
         kind = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
         return f"{kind} as target, expected floats [{classes}], one for each of `classes`"
     return "" if target.isfinite().all() else "a target that is NaN or infinite, expected finite numbers"
+
+
+def _size(image: Any) -> tuple[int, int]:
+    """Height and width in pixels."""
+    return (image.shape[-2], image.shape[-1]) if isinstance(image, Tensor) else (image.height, image.width)
 
 
 _WRONG = {

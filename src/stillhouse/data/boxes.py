@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stillhouse.data import BadData, Data
+from stillhouse.data import SLACK, BadData, Data
 from stillhouse.data.images import open_image, opened, plain, why_broken
 from stillhouse.data.options import within
 from stillhouse.data.splits import split
@@ -30,8 +30,6 @@ Result = TypeVar("Result")
 Size = tuple[int, int]
 Corners = tuple[float, float, float, float]
 SHARE = 0.2
-SLACK = 1.0
-"""Pixels that a box may reach out of its image: rounding, not a mistake."""
 ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 

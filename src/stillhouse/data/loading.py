@@ -77,7 +77,7 @@ class TrainBatches:
             takes batches.
         transform: of `transforms.train_transform`.
         mix: of `mixing`; timm's Mixup in mode "batch".
-        wrong: what is wrong with a sample's target, "" if nothing is; `Data.wrong`.
+        wrong: what is wrong with the target of an image, "" if nothing is; `Data.wrong`.
         views: epochs after which augmentation and mixing repeat; None: never.
 
     Raises:
@@ -95,7 +95,7 @@ class TrainBatches:
         shard: int = 0,
         workers: int = 0,
         mix: Mixup | None = None,
-        wrong: Callable[[Any], str] | None = None,
+        wrong: Callable[[Any, Any], str] | None = None,
         views: int | None = None,
     ) -> None:
         length, pairs = len(dataset), mix is not None and mix.mixup_enabled  # type: ignore[arg-type]  # Dataset declares no length
@@ -162,7 +162,7 @@ def eval_batches(
     workers: int = 0,
     shards: int = 1,
     shard: int = 0,
-    wrong: Callable[[Any], str] | None = None,
+    wrong: Callable[[Any, Any], str] | None = None,
 ) -> Iterator[tuple[Tensor, Any, Any]]:
     """(ids long [b], images, targets as `TrainBatches` gives them) of every sample once, in order; shard r of S takes samples r, r + S, …
 
@@ -214,7 +214,7 @@ class _Batches(Dataset[TrainBatch | UserError]):
     """Whole batches by their place, so that workers need no state."""
 
     def __init__(
-        self, dataset: Dataset[Any], transform: AnyTransform, seed: int, mix: Mixup | None, wrong: Callable[[Any], str] | None = None
+        self, dataset: Dataset[Any], transform: AnyTransform, seed: int, mix: Mixup | None, wrong: Callable[[Any, Any], str] | None = None
     ) -> None:
         self.dataset, self.transform, self.seed, self.mix, self.wrong = dataset, transform, seed, mix, wrong
 
@@ -247,7 +247,7 @@ class _Batches(Dataset[TrainBatch | UserError]):
     def _sample(self, i: int, epoch: int) -> tuple[Tensor, Any]:
         with seeded(self.seed, "augment", epoch, i):
             image, target = self.dataset.draw(i, epoch) if hasattr(self.dataset, "draw") else self.dataset[i]
-            fault = self.wrong(target) if self.wrong is not None else ""
+            fault = self.wrong(image, target) if self.wrong is not None else ""
             if fault:
                 raise UserError(f"sample {i} of the data has {fault}")
             if not isinstance(self.transform, (Normalise, PerImage)):

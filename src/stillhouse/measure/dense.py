@@ -18,17 +18,24 @@ BOXES = 4
 
 
 def estimate_dense(
-    teacher: nn.Module, student: nn.Module, *, image_size: int, classes: int, batch: int, rounds: int = 5, precision: str = "fp32"
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    image_size: int | tuple[int, int],
+    classes: int,
+    batch: int,
+    rounds: int = 5,
+    precision: str = "fp32",
 ) -> list[dict[str, Any]]:
     """Measures whole training steps (forward, backward, SGD with momentum) on random images; all in turn, in one process.
 
     Args:
         teacher: a detector or segmenter; copies on the same weights run.
         student: likewise; copies of it learn.
-        image_size: side of the images, in pixels; a detector's own `min_size` has the last word.
+        image_size: side of the images, or their height and width, in pixels; a detector's own `min_size` has the last word.
         classes: how many there are, in detection without the background.
         batch: images in a step.
-        rounds: measured steps of each row, after one that is not.
+        rounds: measured steps of each row, after two that are not.
         precision: "fp32", or "bf16" or "fp16" under autocast.
 
     Returns:
@@ -42,16 +49,19 @@ def estimate_dense(
     from stillhouse.measure.timing import interleaved, peak_memory, ratio, spread
     from stillhouse.models.detectors import is_detector
 
-    for name, value in {"image_size": image_size, "classes": classes, "batch": batch}.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}, expected at least 1")
+    for setting, value in {"image_size": image_size, "classes": classes, "batch": batch}.items():
+        if min(value if isinstance(value, tuple) else (value,)) < 1:
+            raise UserError(f"{setting} is {value}, expected at least 1")
     if is_detector(teacher) != is_detector(student):
         raise UserError("one network is a detector and the other is not; name two detectors or two segmenters")
     examples = batch_of(is_detector(student), image_size, classes, batch)
-    distillers = _distillers(teacher, student)
-    steps: dict[str, Callable[[], object]] = {name: step_of(each.train(), examples, precision) for name, each in distillers.items()}
+    steps: dict[str, Callable[[], object]] = {
+        name: step_of(distiller_of(name, teacher, student).train(), examples, precision) for name in (PLAIN, FEATURES, ACAM)
+    }
+    for step in steps.values():
+        step()  # the optimiser makes its state, libraries load what they need
     memory = {name: peak_memory(step) for name, step in steps.items()}
-    seconds = interleaved(steps, rounds)
+    seconds = interleaved(steps, rounds, warmup=0)
     return [
         {
             "name": name,
@@ -66,8 +76,8 @@ def estimate_dense(
     ]
 
 
-def _distillers(teacher: nn.Module, student: nn.Module) -> dict[str, Distiller]:
-    """Each hooks modules of its own; students are copies, teachers share their weights."""
+def distiller_of(name: str, teacher: nn.Module, student: nn.Module) -> Distiller:
+    """A row's distiller with its defaults, on a copy of the student and the weights of the teacher: it hooks modules of its own."""
     import copy
 
     from stillhouse.distillers.classics.fitnet import FitNet
@@ -76,23 +86,25 @@ def _distillers(teacher: nn.Module, student: nn.Module) -> dict[str, Distiller]:
     from stillhouse.measure.copies import with_frozen_weights
     from stillhouse.models.levels import default_place
 
-    def networks() -> tuple[nn.Module, nn.Module]:
-        return copy.deepcopy(student), with_frozen_weights(teacher)
+    own = copy.deepcopy(student)
+    if name == PLAIN:
+        return Scratch(own)
+    if name == ACAM:
+        return ACAMKD(own, with_frozen_weights(teacher))
+    return FitNet(own, with_frozen_weights(teacher), student_layer=default_place(student), teacher_layer=default_place(teacher))
 
-    features = FitNet(*networks(), student_layer=default_place(student), teacher_layer=default_place(teacher))
-    return {PLAIN: Scratch(copy.deepcopy(student)), FEATURES: features, ACAM: ACAMKD(*networks())}
 
-
-def batch_of(detect: bool, image_size: int, classes: int, batch: int) -> tuple[Any, Any]:
+def batch_of(detect: bool, image_size: int | tuple[int, int], classes: int, batch: int) -> tuple[Any, Any]:
     """Random images, with boxes or with masks."""
     import torch
 
     random = torch.Generator().manual_seed(0)
-    images = torch.rand(batch, 3, image_size, image_size, generator=random)
+    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    images = torch.rand(batch, 3, height, width, generator=random)
     if not detect:
-        return images, torch.randint(classes, (batch, image_size, image_size), generator=random)
-    corners = torch.rand(batch, BOXES, 2, generator=random) * image_size / 2
-    boxes = torch.cat([corners, corners + image_size / 4], dim=-1)
+        return images, torch.randint(classes, (batch, height, width), generator=random)
+    corners = torch.rand(batch, BOXES, 2, generator=random) * torch.tensor([width, height]) / 2
+    boxes = torch.cat([corners, corners + torch.tensor([width, height]) / 4], dim=-1)
     labels = torch.randint(1, classes + 1, (batch, BOXES), generator=random)
     return list(images), [{"boxes": boxes[i], "labels": labels[i]} for i in range(batch)]
 

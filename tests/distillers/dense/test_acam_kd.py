@@ -14,6 +14,7 @@ from stillhouse.distillers.base import Clock
 from stillhouse.distillers.classics.scratch import Scratch
 from stillhouse.distillers.dense.acam_kd import ACAMKD
 from stillhouse.errors import UserError
+from stillhouse.losses.masked import dice
 from tests.conftest import CLASSES, boxes, images, masks, tiny_detector, tiny_segmenter
 
 SEGMENT = images(4), masks(4)
@@ -390,6 +391,31 @@ def test_maps_that_are_not_finite_are_refused_at_first_sight_and_later_seen_in_t
     terms = running(SEGMENT)
     assert not terms["spatial"].isfinite()
     assert not terms["channel"].isfinite()
+
+
+def test_what_is_kept_for_the_backward_pass_grows_with_the_places_and_not_with_their_square() -> None:
+    """So much that the finest level of a detector's image of 800 x 1333, 100 x 167 places of 256 channels, stays far below 2 GB."""
+    distiller = segmenting(**NECK, mask_grad="oppose", balanced=True)
+    channels = distiller.maps_T.channels[0]
+
+    def kept(places: int) -> int:
+        seen: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        map_S, map_T = torch.randn(1, places, channels, requires_grad=True), torch.randn(1, places, channels)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            masks_ = distiller.masks(0, map_S, map_T)
+            squares = (map_T - map_S).square()
+            loss = sum(distiller.copied(squares, part, mask) + dice(mask) for part, mask in masks_.items())
+        loss.backward()
+        return sum(seen.values())
+
+    once, twice = kept(1000), kept(2000)
+    assert twice < 2.01 * once
+    assert twice / (2000 * channels) * 100 * 167 * 256 < 1e9
 
 
 def test_nothing_random_is_drawn_in_a_step() -> None:
