@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stillhouse.run import distill
+from stillhouse.errors import UserError
+from stillhouse.run import default_method, distill
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +55,6 @@ def check(
         seed: of the student's random weights.
     """
     from stillhouse.fitting import OWN
-    from stillhouse.run import default_method
     from stillhouse.session import Session
 
     given: dict[str, Any] = {
@@ -81,9 +81,15 @@ def estimate(
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     task: Literal["classify", "detect", "segment"] | None = None,
     size: int | None = None,
+    profile: bool = False,
+    method: str | None = None,
+    data: str | Data | None = None,
 ) -> list[dict[str, Any]]:
     """Measures what a step costs here: of plain training, full distillation and MaskedKD to classify; of plain training, plain feature
     distillation and ACAM-KD to detect or segment. Weights do not matter and stay random.
+
+    With `profile` one method's step is taken apart instead: data, student, saliency, teacher, losses, backward, optimiser, logging, each
+    beside the time of its multiply-adds alone at the speed this machine reaches on their shapes.
 
     Args:
         teacher: a spec or module.
@@ -96,14 +102,24 @@ def estimate(
         precision: fp32, or bf16 or fp16 under autocast.
         task: what the networks are for; by default what the student's name tells, else to classify.
         size: side of the images; by default the student's own, 224 to classify and 512 to detect or segment.
+        profile: where the time of a step goes.
+        method: whose step is taken apart, with its default settings; masked_kd to classify, acam_kd to detect or segment.
+        data: what its batches are made of; by default random images, which cost less to read than real ones.
     """
     from stillhouse.fitting import DENSE, task_of_network
+
+    found = task or task_of_network(student)
+    if profile:
+        images = _images(data, found, classes, channels, size)
+        named = method or default_method(found, data)
+        return _profile(named, teacher, student, images, batch=batch, rounds=rounds, precision=precision)
+    if method is not None or data is not None:
+        raise UserError("--method and --data are for taking a step apart: add --profile, or leave them out")
     from stillhouse.measure.dense import estimate_dense
     from stillhouse.measure.estimate import estimate as measure
     from stillhouse.models.opening import open_model
     from stillhouse.models.preprocessing import preprocessing_of
 
-    found = task or task_of_network(student)
     dense: dict[str, Any] = {"task": found, "image_size": size or 512} if found in DENSE else {}
     networks = [open_model(spec, classes=classes, channels=channels, new_head=True, **dense) for spec in (teacher, student)]
     if dense:
@@ -114,6 +130,45 @@ def estimate(
     return measure(
         *networks, image_size=size, channels=channels, classes=classes, batch=batch, keeps=keeps, rounds=rounds, precision=precision
     )
+
+
+def _images(data: str | Data | None, task: str, classes: int, channels: int, size: int | None) -> Data:
+    """What a step is profiled on: the data that are named, or random images to classify."""
+    import torch
+
+    from stillhouse.data import Data, open_data
+
+    if data is not None:
+        return open_data(data, bad_data="skip", task=task)  # type: ignore[arg-type]
+    if task != "classify":
+        raise UserError(f"there are no random images to {task}: name data with --data, such as scenes")
+    side = size or 224
+    images = torch.randint(256, (64, channels, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    samples: Any = [(image, number % classes) for number, image in enumerate(images)] * 16
+    return Data("random images", samples, samples, [str(each) for each in range(classes)], channels, side)
+
+
+def _profile(method: str, teacher: str | nn.Module, student: str | nn.Module, data: Data, **asked: Any) -> list[dict[str, Any]]:
+    """A step of a method with its default settings, taken apart."""
+    import tempfile
+
+    from stillhouse import distillers
+    from stillhouse.fitting import fit_of, input_of, open_student, refuse_other_task, transforms_of
+    from stillhouse.measure.profile import profile
+    from stillhouse.models.opening import open_model
+    from stillhouse.training.recipe import Recipe
+
+    refuse_other_task(method, data)
+    if distillers.others(method):
+        raise UserError(f"method {method} has further networks ({', '.join(distillers.others(method))}), which estimate does not open")
+    learner = open_student(student, data, weights="random", allow_partial=False, seed=0)
+    networks = {"teacher": open_model(teacher, **fit_of(data), new_head=True)} if "teacher" in distillers.networks(method) else {}
+    preprocessing = input_of(learner, data)
+    stage = next(distillers.find(method).stages(learner, networks.get("teacher"), 1))
+    recipe = Recipe(epochs=10**6, batch=asked["batch"], precision=asked["precision"], trackers="none", warmup_epochs=0)
+    with tempfile.TemporaryDirectory() as folder:
+        transforms = transforms_of(preprocessing, data, {})
+        return profile(stage.distiller, data, transforms, preprocessing, recipe, Path(folder), asked["rounds"])
 
 
 def evaluate(
@@ -131,7 +186,6 @@ def evaluate(
 
     from stillhouse.data import open_data
     from stillhouse.data.loading import eval_batches
-    from stillhouse.errors import UserError
     from stillhouse.fitting import fit_of, input_of, transforms_of
     from stillhouse.models.opening import open_model
     from stillhouse.run_folder import read_facts, read_settings

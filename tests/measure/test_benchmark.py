@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "step.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARK = BENCHMARKS / "step.py"
 
 
 def test_smoke(tmp_path: Path) -> None:
@@ -29,3 +30,17 @@ def test_smoke_of_the_detectors(tmp_path: Path) -> None:
     assert rows["plain training"]["of_plain"] == rows["plain feature KD"]["of_features"] == [1, 1, 1]
     assert rows["plain training"]["above_plain"] == 0
     assert all(row["memory_bytes"] > 0 for row in rows.values())
+
+
+def test_smoke_of_how_a_step_grows(tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "scaling.py", "--smoke", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "scaling.md").read_text().count("| plain training |") == 3
+    assert "<svg" in (tmp_path / "scaling.svg").read_text()
+
+
+def test_smoke_of_the_students_switches() -> None:
+    done = subprocess.run([sys.executable, BENCHMARKS / "student.py", "--smoke"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "timm/test" in done.stdout

@@ -54,7 +54,7 @@ def at_rate(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 def bare(learner: Distiller, clip: float | None = None, ema: float | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights that plain PyTorch gives, and their moving average."""
-    optimizer = torch.optim.AdamW(groups(learner.student), lr=LR)
+    optimizer = torch.optim.AdamW(groups(learner.student), lr=LR, fused=True)
     average = copy.deepcopy(learner.student.state_dict())
     learner.train()
     for step, batch in enumerate(batches(learner.student)):
@@ -146,8 +146,8 @@ def test_several_turns_are_a_bare_loop_of_several_optimisers(every: tuple[int, i
     plain, learner = duel(first=every[0], second=every[1]), duel(first=every[0], second=every[1])
     critic_groups = [{"params": [plain.critic.bias], "weight_decay": 0.0}, {"params": [plain.critic.weight], "weight_decay": DECAY}]
     players = {
-        "student": torch.optim.AdamW(groups(plain.student), lr=LR),
-        "critic": torch.optim.SGD(critic_groups, lr=LR, momentum=0.9, nesterov=True),
+        "student": torch.optim.AdamW(groups(plain.student), lr=LR, fused=True),
+        "critic": torch.optim.SGD(critic_groups, lr=LR, momentum=0.9, nesterov=True, fused=True),
     }
     plain.train()
     for step, batch in enumerate(batches(plain.student)):

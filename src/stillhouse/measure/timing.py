@@ -97,14 +97,15 @@ def peak_memory(function: Callable[[], object]) -> Memory:
 
 
 def _seconds(function: Callable[[], object]) -> float:
-    _wait()
+    wait()
     start = time.perf_counter()
     function()
-    _wait()
+    wait()
     return time.perf_counter() - start
 
 
-def _wait() -> None:
+def wait() -> None:
+    """On CUDA: until the device has finished what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -102,6 +102,8 @@ def print_estimate(rows: list[dict[str, Any]], console: Console | None = None) -
     from stillhouse.report.numbers import si
 
     console = console or Console()
+    if "part" in rows[0]:
+        return _print_profile(rows, console)
     if "of_features" in rows[0]:
         return _print_dense_estimate(rows, console)
     table = Table(title="What a training step costs here", box=SIMPLE_HEAD, pad_edge=False, padding=0)
@@ -141,6 +143,29 @@ def _print_dense_estimate(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
     console.print(
         f"Medians ± half the distance between quartiles. Memory: one step's peak beyond what is held before it ({rows[0]['memory_of']})."
+    )
+
+
+def _print_profile(rows: list[dict[str, Any]], console: Console) -> None:
+    """Where the time of a step goes."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from stillhouse.report.numbers import percent, si
+
+    table = Table(title="Where the time of a training step goes", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in ("", "ms", "share", "bound\nms", "FLOPs", "FLOP/s in\nthe bound"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        middle, low, high = (1000 * value for value in row["seconds"])
+        bound = [f"{1000 * row['bound_s']:.1f}", si(row["flops"]), si(row["flops"] / row["bound_s"])] if row["flops"] else []
+        table.add_row(row["part"], f"{middle:.1f}±{(high - low) / 2:.1f}", percent(row["share"]), *bound, end_section=row is rows[-2])
+    console.print(table)
+    whole = rows[-1]
+    console.print(
+        "Medians ± half the distance between quartiles, of whole steps of the training loop. Bound: the products, convolutions and "
+        "attentions of that part alone, each at the speed this machine reaches on its shapes. "
+        f"A step takes {whole['seconds'].median / whole['bound_s']:.2f} times its bound."
     )
 
 

@@ -101,6 +101,10 @@ def load_optimizer_tensors(optimizer: Any, tensors: dict[str, Tensor]) -> None:
         slots = groups[int(index)] if where == "group" else state.setdefault(int(index), {})
         slots[name] = value if kind == "tensor" else value.item()
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, slots in optimizer.state.items():  # a fused update reads memory in order, so moments must lie as their parameter does
+        for name, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _sha256(path: Path) -> str:

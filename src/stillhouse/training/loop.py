@@ -39,6 +39,7 @@ from stillhouse.training.checkpoint import (
 )
 from stillhouse.training.evaluation import evaluate, learnt
 from stillhouse.training.interrupt import Interruption
+from stillhouse.training.layout import channels_last, checkpointed
 from stillhouse.training.log import Table, Terms, read_table, refuse_unless_finite
 from stillhouse.training.optim import Player, players_of
 from stillhouse.training.pictures import small, undone
@@ -105,6 +106,10 @@ class Loop:
         self.steps = min(asked, recipe.max_steps or math.inf, SMOKE_STEPS if recipe.smoke else math.inf)
         warmup = round(recipe.warmup_epochs * self.steps_per_epoch) if recipe.warmup_epochs < recipe.epochs else 0
         self.distiller = distiller.to(self.accelerator.device)
+        for network in distiller.children():
+            channels_last(network, recipe.channels_last)
+        if recipe.checkpointing:
+            checkpointed(distiller.student)
         self.players = players_of(distiller, recipe, int(self.steps), min(warmup, int(self.steps) // 5))
         self.ema = ModelEmaV3(self.products, decay=recipe.ema, use_warmup=True) if recipe.ema is not None else None
         if recipe.compile:

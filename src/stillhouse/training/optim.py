@@ -45,10 +45,26 @@ def _player(distiller: Distiller, turn: Turn, recipe: Recipe, steps: int, warmup
         raise UserError(f"there is no optimizer '{name}'{nearest(name, known)}; timm knows {', '.join(known)}")
     try:
         groups, rate = parameter_groups(distiller, turn, recipe), turn.rate * recipe.lr
-        optimizer = create_optimizer_v2(groups, opt=name, lr=rate, weight_decay=0.0)
+        optimizer = _made(groups, recipe.fused, opt=name, lr=rate, weight_decay=0.0)
     except (AssertionError, ImportError) as error:
         raise UserError(f"the optimizer {name} does not work here ({error}), use another such as adamw") from error
     return Player(turn, optimizer, cosine(optimizer, rate, recipe.min_lr, steps, warmup_steps))
+
+
+def _made(groups: list[dict[str, Any]], fused: bool | None, **settings: Any) -> Optimizer:
+    """By timm; with a fused update where the optimiser has one (on two CPU cores it took a third of the time), or it is asked for.
+
+    Raises:
+        UserError: if it is asked for and there is none.
+    """
+    if fused is False:
+        return create_optimizer_v2(groups, **settings)
+    try:
+        return create_optimizer_v2(groups, fused=True, **settings)
+    except (TypeError, RuntimeError) as error:  # it does not know the word, or has no kernel for this device
+        if fused:
+            raise UserError(f"the optimizer {settings['opt']} has no fused update here; leave --fused out") from error
+        return create_optimizer_v2(groups, **settings)
 
 
 def cosine(optimizer: Optimizer, rate: float, least: float, steps: int, warmup_steps: int) -> CosineLRScheduler:

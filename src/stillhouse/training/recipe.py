@@ -28,7 +28,10 @@ class Recipe:
         clip: largest norm of the gradient; none by default.
         precision: fp32, bf16 or fp16 autocast.
         ema: decay of an exponential moving average of the student, which is then the one evaluated and kept; none by default.
-        compile: compile the networks with torch.compile.
+        compile: compile the networks with torch.compile; it takes about a minute before the first step.
+        fused: update all parameters in one kernel; by default where the optimiser has one.
+        channels_last: keep convolutions in channels-last order; by default in convolutional networks.
+        checkpointing: compute the student's activations again in the backward pass instead of keeping them: less memory, more time.
         mixup: mixup's alpha, 0 for none; mixed labels are soft.
         cutmix: cutmix's alpha, 0 for none.
         smoothing: label smoothing in [0, 1).
@@ -56,6 +59,9 @@ class Recipe:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: float | None = None
     compile: bool = False
+    fused: bool | None = None
+    channels_last: bool | None = None
+    checkpointing: bool = False
     mixup: float = 0.0
     cutmix: float = 0.0
     smoothing: float = 0.0
