@@ -132,7 +132,7 @@ def estimate(
     )
 
 
-def _images(data: str | Data | None, task: str, classes: int, channels: int, size: int | None) -> Data:
+def _images(data: str | Data | None, task: str | None, classes: int, channels: int, size: int | None) -> Data:
     """What a step is profiled on: the data that are named, or random images to classify."""
     import torch
 
@@ -140,7 +140,7 @@ def _images(data: str | Data | None, task: str, classes: int, channels: int, siz
 
     if data is not None:
         return open_data(data, bad_data="skip", task=task)  # type: ignore[arg-type]
-    if task != "classify":
+    if task not in (None, "classify"):
         raise UserError(f"there are no random images to {task}: name data with --data, such as scenes")
     side = size or 224
     images = torch.randint(256, (64, channels, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
