@@ -312,14 +312,17 @@ def test_what_it_watches() -> None:
 )
 def test_alarm(figures: dict[str, float], sentence: str) -> None:
     distiller = segmenting()
-    distiller.after_update(Clock(step=5, steps=10, epoch=0, epochs=1))
+    distiller.after_update(Clock(step=100, steps=200, epoch=0, epochs=1))
     assert distiller.alarm(figures).startswith(sentence)
     assert bool(distiller.alarm(figures)) is bool(sentence)
     assert segmenting(alpha=0.0).alarm(figures) == "", "masks that weigh nothing alarm nobody"
 
 
 def test_masks_are_alike_when_they_start() -> None:
-    assert segmenting().alarm({"dice_spatial": 1.0, "mask_mean_spatial": 0.5}) == ""
+    distiller, alike = segmenting(), {"dice_spatial": 1.0, "mask_mean_spatial": 0.5}
+    for step, steps in ((0, 200), (99, 200), (100, 201), (4, 4)):  # before half of the training, and in a training of a few steps
+        distiller.after_update(Clock(step=step, steps=steps, epoch=0, epochs=1))
+        assert distiller.alarm(alike) == ""
 
 
 def test_the_published_form_closes_its_masks_and_that_is_said() -> None:

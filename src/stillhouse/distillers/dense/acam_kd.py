@@ -34,6 +34,8 @@ from stillhouse.models.levels import Align, Levels, default_place
 from stillhouse.tasks.labels import label_losses
 
 CLOSED, OPEN, ALIKE = 0.05, 0.95, 0.98
+SETTLED = 100
+"""Steps after which masks, alike when they start, have had time to part."""
 CHOICES = {
     "reading": ("a", "b", "c"),
     "mask_grad": ("joint", "detach_student", "detach", "oppose"),
@@ -98,7 +100,7 @@ class ACAMKD(Distiller):
         self.units = nn.ModuleList(SelectionUnits(each, units, parts=parts, balanced=balanced) for each in channels)
         self.alpha, self.diversity, self.reading, self.normalise = alpha, diversity, reading, normalise
         self.mask_grad, self.made_from = "detach" if masks == "fixed" else mask_grad, masks
-        self.checked, self.progress, self.figures = False, 0.0, dict[str, Tensor]()
+        self.checked, self.settled, self.figures = False, False, dict[str, Tensor]()
 
     def forward(self, batch: tuple[Any, Any], turn: str = "student") -> dict[str, Tensor]:
         """The labels' terms; `channel` and `spatial`, what the student does not copy under the masks; `diversity`, how alike masks are."""
@@ -155,13 +157,13 @@ class ACAMKD(Distiller):
                 return f"the {part} masks have closed (mean {mean:.3f}): nearly nothing of the teacher's maps is copied; try balanced=true"
             if mean > OPEN:
                 return f"the {part} masks are wide open (mean {mean:.3f}): they choose nothing any more; try balanced=true"
-            if alike > ALIKE and self.progress >= 0.5:
+            if alike > ALIKE and self.settled:
                 return f"the {part} masks are all alike (Dice {alike:.3f}): they are one mask; try a larger diversity"
         return ""
 
     def after_update(self, clock: Clock) -> None:
-        """Masks are alike when they start; that is no alarm."""
-        self.progress = clock.progress
+        """Masks are alike when they start; that is no alarm before half of the training."""
+        self.settled = clock.progress >= 0.5 and clock.step >= SETTLED
 
     @torch.no_grad()
     def look(self, batch: tuple[Any, Any]) -> dict[str, Tensor]:
