@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import stillhouse as sh
@@ -148,6 +149,22 @@ def test_what_cannot_work_is_refused_before_anything_is_written(settings: dict[s
     with pytest.raises(UserError, match=said):
         distil("segment", folder, tmp_path / "run", **settings)
     assert files(tmp_path) == before
+
+
+def test_a_run_that_left_out_what_was_wrong_is_evaluated_on_the_rest(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for kind, mode, colour in (("images", "RGB", (9, 9, 9)), ("masks", "L", 1)):
+            folder = tmp_path / "pairs" / kind / part
+            folder.mkdir(parents=True)
+            for i in range(5):
+                Image.new(mode, (SIDE, SIDE), colour).save(folder / f"{i}.png")
+        Image.new("L", (SIDE, SIDE), 7).save(folder / "4.png")
+    data = f"masks:{tmp_path / 'pairs'}:classes=2"
+    settings = {"student": SPECS["segment"], "data": data, "bad_data": "skip", "max_steps": 1, **RECIPE, "batch": 2}
+    run = sh.distill("scratch", out=str(tmp_path / "run"), **settings)
+    assert sh.evaluate(run.folder)["miou"] == pytest.approx(run.metrics["miou"], abs=1e-6)
+    with pytest.raises(UserError, match="it has the value 7, expected 0 to 1"):
+        sh.evaluate(run.folder, data)
 
 
 def test_an_alarm_is_told_once_and_kept(folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

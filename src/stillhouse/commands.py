@@ -172,7 +172,7 @@ def _profile(method: str, teacher: str | nn.Module, student: str | nn.Module, da
 
 
 def evaluate(
-    run: str | Path, data: str | Data | None = None, *, batch: int = 128, bad_data: Literal["refuse", "skip"] = "refuse"
+    run: str | Path, data: str | Data | None = None, *, batch: int = 128, bad_data: Literal["refuse", "skip"] | None = None
 ) -> dict[str, float]:
     """The metrics of a run's student on the validation images of a data set.
 
@@ -180,7 +180,7 @@ def evaluate(
         run: a run folder, or the folder of another network in it, such as RUN/partner.
         data: a spec or `stillhouse.data.Data`; by default what the run was trained on.
         batch: images at a time.
-        bad_data: refuse or skip unreadable images.
+        bad_data: refuse or skip unreadable images; by default as the run did with its own data, and refuse with others.
     """
     from accelerate import Accelerator
 
@@ -196,6 +196,7 @@ def evaluate(
 
     folder = Path(run) if (Path(run) / "settings.yaml").is_file() or not (Path(run) / "config.json").is_file() else Path(run).parent
     settings = read_settings(folder / "settings.yaml")
+    bad_data = bad_data or (settings.get("bad_data", "refuse") if data is None else "refuse")
     data = data or settings["data"]
     if data is None:
         raise UserError(f"the run in {run} was trained on data made in Python, which no file names; name the data with --data")
@@ -209,7 +210,7 @@ def evaluate(
     _, transform = transforms_of(preprocessing, opened, {})
     metric = metric_of(opened, settings.get("judge"), data, folder.parent)()
     metric = learnt(metric, student, opened, transform, accelerator.device, batch)
-    return measure(student, eval_batches(opened.val, transform, batch=batch), accelerator, metric)
+    return measure(student, eval_batches(opened.val, transform, batch=batch, wrong=opened.wrong), accelerator, metric)
 
 
 def compare(runs: list[str]) -> list[dict[str, Any]]:
