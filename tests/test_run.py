@@ -238,6 +238,7 @@ for name, method, job in json.loads(sys.argv[1]):
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "masked": ("masked_kd", {"by": "student", "clip": 1.0, "ema": 0.5, "baseline": True}),
     "random": ("masked_kd", {"by": "random", "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "accumulate": 2}),
+    "cached": ("kd", {"views": 1, "teacher_cache": "auto", "cache_storage": "fp32"}),
 }
 
 
@@ -269,6 +270,11 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
             path.relative_to(one) for path in one.rglob("*") if "tfevents" not in path.name
         }
         assert sh.Run(two).facts["status"] == "finished"
+    kept = [sh.Run(tmp_path / each / "cached").facts["teacher_cache"] for each in ("one", "two")]
+    for name in ("images_asked", "images_read", "steps", "steps_without_teacher"):
+        assert kept[0][name] == kept[1][name] > 0, name
+    again = sh.distill("kd", out=str(tmp_path / "two" / "again"), **common | JOBS["cached"][1])  # what both have written
+    assert (again.facts["teacher_cache"]["folder"], again.facts["teacher_cache"]["images_asked"]) == (kept[1]["folder"], 0)
 
 
 def test_validation_is_of_every_image_once(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def check_distiller(distiller: Distiller, data: Data, transform: Any, allow_weak
     findings = [_networks(distiller)]
     _, images, targets = next(iter(eval_batches(data.val, transform, batch=min(STEP_BATCH, len(data.val)))))  # type: ignore[arg-type]
     images, targets = on_device((images, targets), next(distiller.parameters()).device)
-    with seeded("check"), _put_back(distiller):
+    with seeded("check"), put_back(distiller):
         if data.task in ANSWERS:
             findings.append(ANSWERS[data.task](distiller, images, len(data.classes)))
         if distiller.teacher is not None:
@@ -73,7 +73,7 @@ def _refuse_without_boxes(data: Data) -> None:
 
 
 @contextmanager
-def _put_back(distiller: Distiller) -> Iterator[None]:
+def put_back(distiller: Distiller) -> Iterator[None]:
     """Weights, statistics, gradients and modes are afterwards what they were."""
     state = {name: value.clone() for name, value in distiller.state_dict().items() if isinstance(value, Tensor)}
     gradients = [(parameter, parameter.grad) for parameter in distiller.parameters()]

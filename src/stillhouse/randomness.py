@@ -54,6 +54,19 @@ def samples(seed: int, step: int, ids: Tensor) -> Iterator[None]:
         _here.reset(token)
 
 
+def sample_ids() -> Tensor | None:
+    """The samples that the innermost `samples` is about; None outside."""
+    here = _here.get()
+    return here[2] if here is not None else None
+
+
+def signs(count: int) -> Tensor:
+    """-1 or 1 at each of so many places, fp32 [count], always the same."""
+    import torch
+
+    return (_mixed(torch.arange(count)) & 1).float() * 2 - 1
+
+
 def uniform(rows: int, columns: int, device: torch.device) -> Tensor:
     """Numbers in [0, 1), fp32 [rows, columns]: a function of (seed, step, sample id) within `samples`, else of torch's own generator."""
     import torch

@@ -75,7 +75,9 @@ def _of_teacher(loop: Loop) -> dict[str, Any]:
     whole = nn.Sequential(loop.distiller.refeed, loop.distiller.teacher)
     metric = loop.learnt(loop.metric(sync_on_compute=False), whole)
     batches = eval_batches(loop.data.val, loop.eval_transform, batch=loop.recipe.batch, workers=loop.recipe.workers)
-    found, per_class = tasks.by_class(measured(whole, batches, device, metric).compute())
+    loop.turn_to("val")
+    with loop.answering():
+        found, per_class = tasks.by_class(measured(whole, batches, device, metric).compute())
     return {**_of_task(loop, found), "per_class": per_class}
 
 

@@ -23,6 +23,8 @@ from torch import nn
 
 import stillhouse
 from stillhouse import distillers, tasks
+from stillhouse.cache.teacher import CachedTeacher
+from stillhouse.caching import cached_teacher
 from stillhouse.checking import Finding, check_distiller
 from stillhouse.data import OF_CLASSES, Data, open_data
 from stillhouse.data.loading import eval_batches
@@ -182,13 +184,20 @@ class Session:
         recipe = dataclasses.replace(self.recipe, epochs=stage.epochs)
         folder = self.folder / stage.name
         metric = metric_of(data, self.job["judge"], self.job["data"], self.folder.parent, self.recipe.smoke)
-        loop = Loop(stage.distiller, data, self.transforms, self.preprocessing, recipe, folder, same, self.folder.name, metric)
+        cache = self.cache(stage, data)
+        loop = Loop(stage.distiller, data, self.transforms, self.preprocessing, recipe, folder, same, self.folder.name, metric, cache)
         if self.resume:
             loop.load()
         if first:
             self.begin(facts)
         folder.mkdir(exist_ok=True)
         return loop
+
+    def cache(self, stage: Stage, data: Data) -> CachedTeacher | None:
+        """The teacher, if its answers are kept."""
+        augmentation = {name: value for name, value in self.augmentation.items() if value is not None}
+        follows_from = {"teacher": self.hashes()["teacher"], "images": str(self.preprocessing), "augmentation": augmentation}
+        return cached_teacher(stage, data, self.transforms[1], self.recipe, self.folder.parent, follows_from)
 
     def findings(self, stage: Stage, data: Data) -> list[Finding]:
         """What is seen of a stage that is prepared, before it begins."""
@@ -273,6 +282,7 @@ class Session:
         if main:
             keep(kept, self.folder)
         loop.accelerator.wait_for_everyone()
+        self.facts["teacher_cache"] = loop.cached()
         if self.job["baseline"] and self.method != "scratch":
             self.train_baseline()
         if main:
@@ -289,6 +299,7 @@ class Session:
             "method": "scratch",
             "baseline": False,
             "teacher": None,
+            "teacher_cache": None,
         }
         folder = self.folder / "baseline"
         resume = (folder / "settings.yaml").is_file()

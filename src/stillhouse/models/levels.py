@@ -14,7 +14,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from stillhouse.errors import UserError
 from stillhouse.models.detectors import Frame, is_detector
-from stillhouse.models.taps import as_map, channels_last, empty_image, layer_of
+from stillhouse.models.taps import as_map, channels_last, empty_image, layer_of, tap
 
 PLACES: dict[str, tuple[str, ...]] = {
     "neck": ("neck", "decoder"),
@@ -55,7 +55,7 @@ class Levels:
             transform.register_forward_hook(self._remember_frame)
         for name in self.names:
             # no closure: a copy of the network is to have taps of its own
-            layer_of(network, name).register_forward_hook(partial(self._remember, name))
+            tap(network, name, partial(self._remember, name))
         maps, size = self._try()
         self.channels, self.grids = [level.shape[1] for level in maps], [(level.shape[-2], level.shape[-1]) for level in maps]
         self.canvas = self.frame.canvas if self.frame else size

@@ -5,6 +5,7 @@ Taps hook the instance, never the class, keep only the last forward pass, and fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Tap:
     def __init__(self, model: nn.Module, name: str) -> None:
         self.name = name
         self._output: Tensor | None = None
-        layer_of(model, name).register_forward_hook(self._remember)
+        tap(model, name, self._remember)
 
     def _remember(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._output = _feature(output)
@@ -41,6 +42,22 @@ class Tap:
             raise RuntimeError(f"layer '{self.name}' has not run since it was last read")
         output, self._output = self._output, None
         return output
+
+
+def tap(model: nn.Module, name: str, remember: Callable[[nn.Module, Any, Any], None]) -> None:
+    """Hooks a layer, and notes on it who is told: `tapped` finds them.
+
+    Raises:
+        UserError: if the model has no submodule of that name.
+    """
+    layer: Any = layer_of(model, name)
+    layer.register_forward_hook(remember)
+    layer.told = [*getattr(layer, "told", []), remember]
+
+
+def tapped(model: nn.Module) -> dict[str, list[Callable[[nn.Module, Any, Any], None]]]:
+    """Who is told what a layer returned, by the layer's name."""
+    return {name: layer.told for name, layer in model.named_modules() if isinstance(getattr(layer, "told", None), list)}  # type: ignore[misc]
 
 
 class SaliencyTap:

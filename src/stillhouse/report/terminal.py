@@ -52,6 +52,12 @@ def _run(run: Any) -> None:
         if saved["step_ms_full"]:
             line += f"; a step took {percent(saved['step_ms_kept'] / saved['step_ms_full'])} of the time with the whole teacher"
         print(line)
+    kept = facts.get("teacher_cache")
+    if kept:
+        print(
+            f"the teacher did not run in {kept['steps_without_teacher']} of {kept['steps']} steps; its answers take "
+            f"{si(kept['bytes'])}B in {kept['folder']}"
+        )
     for alarm in facts.get("alarms") or []:
         print(f"warning: {printable(alarm)}")
     print(f"report: {run.report}")

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from stillhouse import tasks
+from stillhouse.cache.teacher import CachedTeacher
 from stillhouse.data import OF_CLASSES, Data
 from stillhouse.data.loading import TrainBatches, eval_batches, mixing
 from stillhouse.distillers.base import Clock, Distiller
@@ -66,6 +67,7 @@ class Loop:
         facts: what must be equal for a checkpoint to be taken up again (method, hashes of teacher, data and settings).
         title: what the progress bar calls it.
         metric: what makes the metric that the products are measured by; by default that of the data's task.
+        cache: the distiller's teacher, if its answers are kept.
     """
 
     def __init__(
@@ -79,7 +81,9 @@ class Loop:
         facts: dict[str, Any] | None = None,
         title: str = "",
         metric: Callable[..., Task] | None = None,
+        cache: CachedTeacher | None = None,
     ) -> None:
+        self.cache = cache
         self.accelerator = accelerator_for(recipe, folder, turns=len(distiller.turns()))
         self.data, self.recipe, self.folder, self.facts, self.title = data, recipe, folder, facts or {}, title
         self.task = tasks.find(data.task)
@@ -155,6 +159,8 @@ class Loop:
                 self.step = step + 1
                 progress.advance()
                 if self.step % self.recipe.log_every == 0 or self.step == self.steps:
+                    if self.cache is not None:
+                        self.cache.check()
                     row = self.terms.mean(self.accelerator)
                     self.write(train, {"lr": self.players[0].optimizer.param_groups[0]["lr"], **row})
                     self.watched(watch)
@@ -179,6 +185,7 @@ class Loop:
         """(step, ids, images, targets) from where the run is to its end: this process's share of every global batch."""
         while self.step < self.steps:
             epoch, start = divmod(self.step, self.steps_per_epoch)
+            self.turn_to(f"view-{self.batches.view(epoch)}")
             for index, ids, images, targets in self.batches.epoch(epoch, start):
                 yield epoch * self.steps_per_epoch + index, ids, images, targets
                 if self.step >= self.steps:
@@ -220,17 +227,41 @@ class Loop:
         self.distiller.after_update(self.clock(step + 1))
         if self.ema is not None:
             self.ema.update(self.products, step=step + 1)
+        if self.cache is not None:
+            self.cache.end_step()
 
     def learn(self, turn: str, step: int, part: tuple[Tensor, Any, Any], share: float, last: bool) -> dict[str, Tensor]:
         """The gradients of one part of the batch; processes exchange them with the last part only."""
         ids, images, targets = part
         waiting = nullcontext() if last else self.accelerator.no_sync(self.model)
         place = step if self.recipe.views is None else self.batches.view(step // self.steps_per_epoch)
-        with waiting, samples(self.recipe.seed, place, ids):
+        with waiting, samples(self.recipe.seed, place, ids), self.answering():
             with self.accelerator.autocast():
                 terms = self.model((images, targets), turn)
             self.accelerator.backward(torch.stack(list(terms.values())).sum() * share)
         return terms
+
+    def turn_to(self, view: str) -> None:
+        """Of the teacher's answers those about this view of the training images, with all that any process knows; or about "val"."""
+        if self.cache is None:
+            return
+        if view == "val":
+            self.cache.turn_to(view, len(self.data.val))  # type: ignore[arg-type]
+            return
+        self.cache.flush()
+        self.accelerator.wait_for_everyone()
+        self.cache.turn_to(view, len(self.data.train))  # type: ignore[arg-type]
+
+    def answering(self) -> AbstractContextManager[None]:
+        """The teacher says again what it has said, if that is kept."""
+        return self.cache.answering() if self.cache is not None else nullcontext()
+
+    def cached(self) -> dict[str, Any] | None:
+        """What keeping the teacher's answers came to: images over all processes, and steps."""
+        if self.cache is None:
+            return None
+        read, asked, *steps = self.accelerator.reduce(torch.tensor(self.cache.counts, device=self.accelerator.device), "sum").tolist()
+        return self.cache.facts(read, asked, *(count // self.accelerator.num_processes for count in steps))
 
     def clock(self, step: int) -> Clock:
         """Where the training is after `step` updates."""
@@ -255,11 +286,13 @@ class Loop:
     def evaluate(self) -> dict[str, float]:
         """The metrics of what would be kept now; the names of all but the first network stand before their metrics."""
         metrics: dict[str, float] = {}
+        self.turn_to("val")
         for number, (name, network) in enumerate(self.examined().items()):
             torch.manual_seed(seed_from(self.recipe.seed, "evaluate", self.step))
             metric = self.learnt(self.metric(), network)
             first = None if number else self.distiller
-            found = evaluate(network, self.val_batches(), self.accelerator, metric, first, self.recipe.seed)
+            with self.answering():
+                found = evaluate(network, self.val_batches(), self.accelerator, metric, first, self.recipe.seed)
             metrics |= {f"{name}_{key}": value for key, value in tasks.by_class(found)[0].items()} if number else found
         return metrics
 
@@ -358,6 +391,9 @@ class Loop:
 
     def save(self) -> None:
         """A checkpoint of all that learns, once the losses up to here and the weights are known to be finite."""
+        if self.cache is not None:
+            self.cache.check()
+            self.cache.flush()
         self.terms.check(self.accelerator)
         self.figures.gather(self.accelerator)
         refuse_unless_finite(self.distiller, self.step)
@@ -371,6 +407,7 @@ class Loop:
                 parts["ema"] = _tensors(self.ema.module.state_dict())
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
             state = {"facts": self.facts, "scaler": scaler, "alarms": self.alarms, "alarmed": self.alarmed}
+            state["cache"] = self.cache.counts if self.cache is not None else []
             save_checkpoint(self.folder / "checkpoints", self.step, parts, state)
         self.accelerator.wait_for_everyone()
 
@@ -407,6 +444,8 @@ class Loop:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.step, self.alarms, self.alarmed = facts["step"], facts["alarms"], facts["alarmed"]
+        if self.cache is not None:
+            self.cache.counts = facts["cache"]
         for terms, part in ((self.terms, "log"), (self.figures, "watch")):
             terms.restore(on_device(parts[part], self.accelerator.device))
 

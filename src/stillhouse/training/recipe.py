@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from stillhouse.errors import UserError
 
+STORAGES = ("fp32", "fp16", "bf16", "int16", "int8")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -36,6 +38,9 @@ class Recipe:
         cutmix: cutmix's alpha, 0 for none.
         smoothing: label smoothing in [0, 1).
         views: epochs after which augmentation, mixing and random masks repeat: an image then has so many views; never by default.
+        teacher_cache: folder that keeps what the teacher says about each view, so that it is asked once; auto: one beside the run.
+        cache_storage: how its numbers are kept: fp32 (exact), fp16, bf16, int16 or int8.
+        cache_top_k: keep so many of the largest logits and spread the probability of the rest evenly; by default all.
         workers: processes that load images; 0 loads in the main process.
         save_every: updates between checkpoints; by default one an epoch.
         log_every: updates between rows of the log; the loss is checked there too.
@@ -66,6 +71,9 @@ class Recipe:
     cutmix: float = 0.0
     smoothing: float = 0.0
     views: int | None = None
+    teacher_cache: str | None = None
+    cache_storage: Literal["fp32", "fp16", "bf16", "int16", "int8"] = "fp16"
+    cache_top_k: int | None = None
     workers: int = 0
     save_every: int | None = None
     log_every: int = 50
@@ -80,7 +88,7 @@ class Recipe:
         Raises:
             UserError: naming the setting, its value and what was expected.
         """
-        for name in ("epochs", "batch", "accumulate", "log_every", "eval_every", "max_steps", "save_every", "views"):
+        for name in ("epochs", "batch", "accumulate", "log_every", "eval_every", "max_steps", "save_every", "views", "cache_top_k"):
             self._expect(name, lambda value: value >= 1 and value == int(value), "a whole number of at least 1")
         for name in ("workers", "seed"):
             self._expect(name, lambda value: value >= 0 and value == int(value), "a whole number of at least 0")
@@ -91,6 +99,11 @@ class Recipe:
         for name in ("ema", "smoothing"):
             self._expect(name, lambda value: 0 <= value < 1, "a number in [0, 1)")
         self._expect("layer_decay", lambda value: 0 < value <= 1, "a number in (0, 1]")
+        if self.teacher_cache is not None and self.views is None:
+            raise UserError(
+                "teacher_cache keeps what the teacher says about each view: say how many with views, 1 where nothing is augmented"
+            )
+        self._expect("cache_storage", lambda value: value in STORAGES, ", ".join(STORAGES))
         self._expect("precision", lambda value: value in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16")
 
     def _expect(self, name: str, holds: Callable[[Any], bool], expected: str) -> None:
