@@ -131,8 +131,8 @@ def test_the_teacher_may_have_another_size_and_stride(folder: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"method": "kd"}, "method kd is for data to classify, and 'squares to segment' is to segment"),
-        ({"method": "fgd"}, "method fgd is for data to detect"),
+        ({"method": "kd"}, "method kd is for images to classify, and 'squares to segment' has images to segment"),
+        ({"method": "fgd"}, "method fgd is for images to detect"),
         ({"task": "detect"}, "are to segment, not to detect"),
         ({"mixup": 0.2}, "mixup, cutmix and smoothing are for images to classify"),
         ({"random_erasing": 0.2}, "do not move segment labels"),

@@ -20,7 +20,7 @@ class Card:
         sentence: what it does.
         text: all that its module says.
         masked: what is masked and by whom, or "nothing".
-        tasks: what it is for.
+        tasks: what it is for; of images, unless it says otherwise.
         needs: the networks it takes beside the student.
         showed: what its evidence showed, "" where there is none of its own.
     """
@@ -47,7 +47,8 @@ def cards(name: str | None = None) -> list[Card]:
 
 
 def _card(name: str) -> Card:
-    module = sys.modules[distillers.find(name).__module__]
+    kind = distillers.find(name)
+    module = sys.modules[kind.__module__]
     text = inspect.getdoc(module) or ""
     title = text.split("\n\n")[0].replace("\n", " ")
     settings = {key: str(parameter.default) for key, parameter in distillers.settings(name).items()}
@@ -58,7 +59,7 @@ def _card(name: str) -> Card:
         sentence=title,
         text=text,
         masked=" ".join(masked[1].split()) if masked else "",
-        tasks=distillers.find(name).tasks,
+        tasks=tuple(f"{task} graphs" if "images" not in kind.inputs else task for task in kind.tasks),
         needs=[network for network in distillers.networks(name) if network != "student"],
         showed=_showed(name),
         settings=settings,

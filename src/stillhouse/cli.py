@@ -21,7 +21,7 @@ COMMANDS = {
     "methods": "what there is; with a name, one method's card",
     "check": "is the teacher any good, frozen, normalised; do the shapes meet?",
     "estimate": "what a step of each method would cost here",
-    "evaluate": "a run's student on other data",
+    "evaluate": "a run's student, or any network, on data; what its features are worth",
     "compare": "runs side by side",
     "reproduce": "a method's evidence: method, baselines, ablation, over seeds",
     "export": "the student alone, for timm, transformers, onnx or torch",
@@ -29,7 +29,7 @@ COMMANDS = {
 
 POSITIONALS: dict[str, dict[str, dict[str, Any]]] = {
     "methods": {"name": {"nargs": "?", "help": "a method; all by default"}},
-    "evaluate": {"run": {"help": "a run folder"}},
+    "evaluate": {"run": {"help": "a run folder, the folder of a network in it, or a network by name"}},
     "compare": {"runs": {"nargs": "+", "help": "run folders"}},
     "reproduce": {"name": {"help": "a method that has evidence"}},
     "export": {"run": {"help": "a run folder"}},

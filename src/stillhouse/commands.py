@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from stillhouse.errors import UserError
@@ -172,13 +173,27 @@ def _profile(method: str, teacher: str | nn.Module, student: str | nn.Module, da
 
 
 def evaluate(
-    run: str | Path, data: str | Data | None = None, *, batch: int = 128, bad_data: Literal["refuse", "skip"] | None = None
+    run: str | Path,
+    data: str | Data | None = None,
+    *,
+    task: Literal["encode"] | None = None,
+    weights: str = "pretrained",
+    fine_tune: int = 0,
+    lr: float = 1e-3,
+    batch: int = 128,
+    bad_data: Literal["refuse", "skip"] | None = None,
 ) -> dict[str, float]:
-    """The metrics of a run's student on the validation images of a data set.
+    """The metrics of a network on the validation images of a data set.
 
     Args:
-        run: a run folder, or the folder of another network in it, such as RUN/partner.
+        run: a run folder, or the folder of another network in it, such as RUN/partner; or, with data, a spec such as timm/NAME.
         data: a spec or `stillhouse.data.Data`; by default what the run was trained on.
+        task: encode takes any network without its head, and asks what its features are worth to a linear probe and to nearest neighbours;
+            by default what the run was for.
+        weights: of a spec: pretrained, random, or a file.
+        fine_tune: of an encoder, so many epochs in which a copy of it with a new head learns the labelled training images by the method
+            scratch; then `fine_tuned` is that copy's top-1. 0: none.
+        lr: learning rate of the fine-tuning.
         batch: images at a time.
         bad_data: refuse or skip unreadable images; by default as the run did with its own data, and refuse with others.
     """
@@ -187,30 +202,52 @@ def evaluate(
     from stillhouse.data import open_data
     from stillhouse.data.loading import eval_batches
     from stillhouse.fitting import fit_of, input_of, transforms_of
-    from stillhouse.models.opening import open_model
+    from stillhouse.models.opening import open_model, task_of
     from stillhouse.run_folder import read_facts, read_settings
     from stillhouse.session import metric_of
     from stillhouse.training.evaluation import evaluate as measure
     from stillhouse.training.evaluation import learnt
     from stillhouse.training.processes import on_cpu, processes
 
-    folder = Path(run) if (Path(run) / "settings.yaml").is_file() or not (Path(run) / "config.json").is_file() else Path(run).parent
-    settings = read_settings(folder / "settings.yaml")
+    folder = next((each for each in (Path(run), Path(run).parent) if (each / "settings.yaml").is_file()), None)
+    if folder is not None and (folder / "data").is_dir():
+        raise UserError(f"the run in {run} made a data set, not a network: train one on it with --method scratch --data {run}")
+    settings = read_settings(folder / "settings.yaml") if folder else {}
+    if data is None and not folder:
+        task_of(str(run))  # refuses what is neither
+        raise UserError(f"'{run}' is no run folder, so nobody knows its data: name them with --data")
     bad_data = bad_data or (settings.get("bad_data", "refuse") if data is None else "refuse")
     data = data or settings["data"]
     if data is None:
         raise UserError(f"the run in {run} was trained on data made in Python, which no file names; name the data with --data")
-    if (folder / "data").is_dir():
-        raise UserError(f"the run in {run} made a data set, not a network: train one on it with --method scratch --data {run}")
-    opened = open_data(data, bad_data=bad_data, task=read_facts(folder).get("task"))
+    if task is None and folder:
+        task = read_facts(folder).get("task")
+    opened = open_data(data, bad_data=bad_data, task=task)
+    if fine_tune and (opened.task != "encode" or fine_tune < 0):
+        raise UserError(f"fine_tune is {fine_tune} and what is asked for is to {opened.task}; expected epochs, for encoders: --task encode")
     processes()
     accelerator = Accelerator(cpu=on_cpu())
-    student = open_model(str(run), **fit_of(opened)).to(accelerator.device)
+    student = open_model(str(run), **fit_of(opened), weights=weights).to(accelerator.device)
     preprocessing = input_of(student, opened)
     _, transform = transforms_of(preprocessing, opened, {})
-    metric = metric_of(opened, settings.get("judge"), data, folder.parent)()
+    metric = metric_of(opened, settings.get("judge"), data, folder.parent if folder else Path("runs"))()
     metric = learnt(metric, student, opened, transform, accelerator.device, batch)
-    return measure(student, eval_batches(opened.val, transform, batch=batch, wrong=opened.wrong), accelerator, metric)
+    metrics = measure(student, eval_batches(opened.val, transform, batch=batch, wrong=opened.wrong), accelerator, metric)
+    return metrics | ({"fine_tuned": _fine_tuned(run, data, weights, fine_tune, lr, batch, bad_data)} if fine_tune else {})
+
+
+def _fine_tuned(run: str | Path, data: str | Data, weights: str, epochs: int, lr: float, batch: int, bad_data: Any) -> float:
+    """The top-1 of a network with a new head, after a training of all processes that leaves nothing behind."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    with TemporaryDirectory() as own:
+        (folder,) = broadcast_object_list([own])
+        named: dict[str, Any] = {"student": str(run), "student_weights": weights, "data": data, "task": "classify", "bad_data": bad_data}
+        recipe: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch": batch, "eval_every": epochs, "trackers": "none"}
+        tuned = distill("scratch", out=f"{folder}/run", **named, **recipe)
+        (top1,) = broadcast_object_list([tuned.metrics["top1"] if PartialState().is_main_process else 0.0])
+    return float(top1)
 
 
 def compare(runs: list[str]) -> list[dict[str, Any]]:

@@ -84,12 +84,16 @@ def refuse_other_task(method: str | type[Distiller], data: Data) -> None:
     Raises:
         UserError: naming the methods that are.
     """
+
+    def fits(kind: type[Distiller]) -> bool:
+        return data.task in kind.tasks and data.inputs in kind.inputs
+
     kind = distillers.find(method)
-    if data.task not in kind.tasks:
-        fitting = [name for name in distillers.modules() if data.task in distillers.find(name).tasks]
+    if not fits(kind):
+        fitting = sorted(name for name in distillers.modules() if fits(distillers.find(name)))
         raise UserError(
-            f"method {distillers.name_of(method)} is for data to {' or '.join(kind.tasks)}, and '{data.name}' is to {data.task}; "
-            f"use one of {', '.join(sorted(fitting))}"
+            f"method {distillers.name_of(method)} is for {' or '.join(kind.inputs)} to {' or '.join(kind.tasks)}, and '{data.name}' has "
+            f"{data.inputs} to {data.task}; use one of {', '.join(fitting)}"
         )
 
 
@@ -97,7 +101,7 @@ def fit_of(data: Data) -> dict[str, Any]:
     """What the data ask of a network, as `open_model` wants to hear it. Classifiers know their own image size."""
     named = {"names": data.classes} if data.task in DENSE else {}
     size = {"image_size": data.size} if data.task in (*DENSE, "generate") else {}
-    return {"classes": len(data.classes), "channels": data.channels, "task": data.task, **named, **size}
+    return {"classes": len(data.classes), "channels": data.channels, "inputs": data.inputs, "task": data.task, **named, **size}
 
 
 def transforms_of(preprocessing: Preprocessing, data: Data, augmentation: dict[str, Any]) -> tuple[Any, Any]:

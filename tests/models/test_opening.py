@@ -296,3 +296,26 @@ def test_a_damaged_configuration(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="is damaged"):
         open_model(str(tmp_path), classes=5, channels=1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "width"),
+    [("timm/test_resnet", 96), ("torchvision/resnet18", 512), ("torchvision/squeezenet1_1", 512), (HF, 32)],
+    ids=lambda value: str(value).partition(":")[0],
+)
+def test_any_library_opens_encoders_and_classifiers_begin_with_them(spec: str, width: int, tmp_path: Path) -> None:
+    """As an encoder, then as a classifier that starts from it, then as the encoder of that: the body is always the same."""
+    images = torch.randn(2, 3, 28 if spec == HF else 64, 28 if spec == HF else 64)
+    size = {"image_size": images.shape[-1], "channels": 3}
+    encoder = open_model(spec, classes=5, task="encode", **size).eval()
+    with torch.no_grad():
+        features = encoder(images)
+    assert features.shape == (2, width)
+    save_student(encoder, tmp_path / "encoder")
+    classifier = open_model(str(tmp_path / "encoder"), classes=4, new_head=True, **size).eval()
+    assert logits_of(classifier(images)).shape == (2, 4)
+    save_student(classifier, tmp_path / "classifier")
+    for folder in ("encoder", "classifier"):
+        again = open_model(str(tmp_path / folder), classes=5, task="encode", **size).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(again(images), features, msg=folder)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import stillhouse as sh
 from stillhouse import tasks
 from stillhouse.errors import UserError
 from stillhouse.tasks.encode import NEIGHBOURS, Encode
+from tests.runs import files
 
 CLASSES = ["a", "b", "c"]
 
@@ -102,3 +107,40 @@ def test_bad_input() -> None:
 
 def test_it_draws_the_images() -> None:
     assert Encode.draw(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), None, CLASSES).shape == (2, 3, 4, 4)
+
+
+SHORT: dict[str, Any] = {"data": "digits:train=96", "epochs": 1, "batch": 32, "trackers": "none"}
+
+
+def test_any_network_is_evaluated_as_an_encoder_and_fine_tuned(tmp_path: Path) -> None:
+    run = sh.distill("scratch", student="timm/test_resnet", out=str(tmp_path / "run"), **SHORT)
+    assert set(sh.evaluate(run.folder)) == {"top1", "top5", "nll", "ece"}
+    read = sh.evaluate(run.folder, task="encode")
+    assert set(read) == {"probe", "knn"}
+    assert read["probe"] > 0.3, "features without a head, and readers who learnt"
+    named = sh.evaluate("timm/test_resnet", "digits:train=96", task="encode", weights=str(run.folder / "student" / "model.safetensors"))
+    assert named["probe"] > 0.3, "with images normalised as the name says"
+    before = files(tmp_path)
+    tuned = sh.evaluate(run.folder, task="encode", fine_tune=2, lr=3e-3, batch=16)
+    assert {name: tuned[name] for name in read} == read
+    again = {**SHORT, "epochs": 2, "lr": 3e-3, "batch": 16}
+    assert files(tmp_path) == before, "it leaves nothing behind"
+    assert tuned["fine_tuned"] == sh.distill("scratch", student=str(run.folder), out=str(tmp_path / "again"), **again).metrics["top1"]
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ({"run": "nowhere"}, "'nowhere' is no folder, expected a run folder, or a network named timm/NAME"),
+        ({"run": "timm/test_resnet"}, "'timm/test_resnet' is no run folder, so nobody knows its data: name them with --data"),
+        (
+            {"run": "timm/test_resnet", "data": "digits", "fine_tune": 3},
+            "fine_tune is 3 and what is asked for is to classify; expected epochs",
+        ),
+        ({"run": "timm/test_resnet", "data": "digits", "task": "encode", "fine_tune": -1}, "fine_tune is -1 and"),
+        ({"run": "pyg/gin", "data": "motifs", "task": "encode"}, "the data 'motifs' are to classify, not to encode"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told(named: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        sh.evaluate(**{"weights": "random", **named})

@@ -210,7 +210,7 @@ def open_data(spec: str | Data, *, seed: int = 0, bad_data: BadData = "refuse", 
     data = spec if isinstance(spec, Data) else _open(spec, seed, bad_data, task)
     if data is not spec and data.skipped:
         LOG.warning("%d left out of '%s': %s%s", len(data.skipped), spec, "; ".join(data.skipped[:3]), "; …" * (len(data.skipped) > 3))
-    if task in OF_CLASSES and data.task in OF_CLASSES:
+    if task in OF_CLASSES and data.task in OF_CLASSES and data.inputs == "images":
         data = data if task == data.task else replace(data, task=task)
     if task is not None and data.task != task:
         raise UserError(f"the data '{data.name}' are to {data.task}, not to {task}: leave --task out or name other data")

@@ -81,6 +81,8 @@ class Distiller(nn.Module):
     """The settings under which only the labels count: training is then plain training, bit for bit."""
     tasks: ClassVar[tuple[str, ...]] = ("classify",)
     """What the method is for: classify, detect, segment, encode, generate, regress."""
+    inputs: ClassVar[tuple[str, ...]] = ("images",)
+    """What its networks take: images, graphs."""
     unlabelled: ClassVar[bool] = False
     """Whether it has a stage of its own that learns from images without labels, which may be other ones than the data's."""
     teacher: Any

@@ -29,6 +29,8 @@ _REFUSED = re.compile(
     r"|.*_layer|.*_fn|.*_cls|block|weights.*|progress|auto_map|name_or_path|architectures|torch_dtype|trust_remote_code"
     r"|backbone.*|.*_backbone|id2label|label2id|quantization_config|model_type|transformers_version"
 )
+NOBODYS = 997
+"""A number of classes by which the heads are found of a network that is to have none."""
 _NETWORK_MODULES = ("huggingface_hub", "httpx", "httpx2", "requests", "urllib3", "urllib")
 
 
@@ -60,8 +62,6 @@ def build(
         UserError: for an unknown name or option, one that does not fit the data, or weights that cannot be had.
     """
     _refuse_options(spec)
-    if not fit.classes and spec.family != "timm":
-        raise UserError(f"'{spec}' cannot be opened without its head, name an encoder of timm, such as timm/vit_tiny_patch16_224")
     if spec.family == "transformers":
         return _transformers(spec, fit, pretrained, file, allow_partial)
     model, options = (_timm if spec.family == "timm" else _torchvision)(spec, fit, pretrained)
@@ -105,11 +105,11 @@ def _with_head(spec: Spec, model: nn.Module, weights: dict[str, Tensor], fit: Fi
     """The weights, their classifier replaced by the model's own random one if it has another number of classes and a new head is wanted.
 
     A classifier is recognised by its shape: `classes` rows in the model, another number in the weights, all else equal; where one of the
-    two is an encoder, by the name that timm gives it.
+    two is an encoder, by its name.
     """
     own = model.state_dict()
-    if fit.new_head and spec.family == "timm":
-        head = _timm_head(model)
+    if fit.new_head:
+        head = _timm_head(model) if spec.family == "timm" else tuple(f"{name}." for name in _heads(model, fit.classes))
         weights = {key: value for key, value in weights.items() if key in own or not key.startswith(head)}
         weights = {key: value for key, value in own.items() if key.startswith(head)} | weights
     shapes = {key: (own[key].shape, value.shape) for key, value in weights.items() if key in own and own[key].shape != value.shape}
@@ -225,7 +225,10 @@ def _torchvision(spec: Spec, fit: Fit, pretrained: bool) -> tuple[nn.Module, dic
         if spec.name.startswith("vit_") and fit.image_size is not None:
             options.setdefault("image_size", fit.image_size)
         with _told(spec, spec.options):
-            return torchvision.models.get_model(spec.name, weights=None, **options), options
+            model = torchvision.models.get_model(spec.name, weights=None, **options | {"num_classes": fit.classes or NOBODYS})
+        if not fit.classes:
+            _replace_heads(model, NOBODYS, 0)
+        return model, options
     weights = torchvision.models.get_model_weights(spec.name).DEFAULT  # type: ignore[attr-defined]
     known = len(weights.meta["categories"])
     if known != fit.classes and not fit.new_head:
@@ -240,13 +243,25 @@ def _torchvision(spec: Spec, fit: Fit, pretrained: bool) -> tuple[nn.Module, dic
 
 
 def _replace_heads(model: nn.Module, known: int, classes: int) -> None:
-    """New random layers with `classes` outputs for all linear or convolutional ones with `known` (torchvision's heads)."""
-    for name, layer in list(model.named_modules()):
+    """New random layers with `classes` outputs, or none for 0, in place of torchvision's heads with `known`."""
+    for name in _heads(model, known):
         parent, _, leaf = name.rpartition(".")
-        if isinstance(layer, nn.Linear) and layer.out_features == known:
-            setattr(model.get_submodule(parent), leaf, nn.Linear(layer.in_features, classes))
-        elif isinstance(layer, nn.Conv2d) and layer.out_channels == known and layer.kernel_size == (1, 1):
-            setattr(model.get_submodule(parent), leaf, nn.Conv2d(layer.in_channels, classes, 1))
+        layer: Any = model.get_submodule(name)
+        fresh: nn.Module = nn.Identity()
+        if classes:
+            fresh = nn.Linear(layer.in_features, classes) if isinstance(layer, nn.Linear) else nn.Conv2d(layer.in_channels, classes, 1)
+        setattr(model.get_submodule(parent), leaf, fresh)
+
+
+def _heads(model: nn.Module, known: int) -> list[str]:
+    """The names of the linear or convolutional layers with `known` outputs; with 0, of what stands in their place in an encoder."""
+    return [
+        name
+        for name, layer in model.named_modules()
+        if (isinstance(layer, nn.Linear) and layer.out_features == known)
+        or (isinstance(layer, nn.Conv2d) and layer.out_channels == known and layer.kernel_size == (1, 1))
+        or (not known and isinstance(layer, nn.Identity))
+    ]
 
 
 def _transformers(
@@ -266,7 +281,7 @@ def _transformers(
     network: Any = kinds[0] if isinstance(kinds, (tuple, list)) else kinds
     with _told(spec, spec.options), _quick_without_network(), quiet_transformers():
         if not pretrained and file is None:
-            return network(config), dict(spec.options)
+            return _without_head(network(config)), dict(spec.options)
         # Its own loader, for a file too, because it knows the names that earlier versions gave to the keys.
         model, info = network.from_pretrained(
             None if file is not None else spec.name,
@@ -280,7 +295,14 @@ def _transformers(
     _account(spec, info, fit, allow_partial)
     if preprocessing is not None:
         set_preprocessing(model, preprocessing)
-    return model.train(), dict(spec.options)  # like any new module; their loader leaves it in eval mode
+    return _without_head(model.train()), dict(spec.options)  # like any new module; their loader leaves it in eval mode
+
+
+def _without_head(model: Any) -> nn.Module:
+    """A classifier of no classes answers with what its head would have been given, as a tensor."""
+    if not model.config.num_labels:
+        model.register_forward_hook(lambda module, inputs, output: output.logits.flatten(1))
+    return model  # type: ignore[no-any-return]
 
 
 @contextmanager

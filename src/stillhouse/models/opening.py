@@ -42,6 +42,7 @@ def open_model(
     new_head: bool = False,
     task: Task = "classify",
     names: list[str] | None = None,
+    inputs: Literal["images", "graphs"] | None = None,
 ) -> nn.Module:
     """The network that `spec` names, taking images [B, channels, H, W] to logits [B, classes], or what its task asks for.
 
@@ -58,6 +59,7 @@ def open_model(
         weights: `"random"` (a function of `seed` and the spec alone), `"pretrained"` (published, by name), or a file.
         allow_partial: take weights that fit only in part; what does not is logged.
         new_head: pretrained weights with another number of classes get a new random classifier (for a student) instead of being refused.
+        inputs: what it is to be given, if that is known; networks that take something else are refused.
         names: of the classes; a detector's or segmenter's weights that know them all by name give their outputs, whatever else they know.
 
     The result has an attribute `stillhouse`: `{"spec": str | None, "family": str, "name": str | None, "options": {...}, "weights": str}`,
@@ -85,6 +87,11 @@ def open_model(
         parsed, fit = saved.fitted(spec, fit), replace(fit, image_size=None, folder=parsed.name, known=saved.names)
         if file is None:
             weights, file = str(saved.file), read_weights(saved.file)
+    if inputs is not None and (parsed.family == "pyg") != (inputs == "graphs"):
+        instead = "pyg/gin" if inputs == "graphs" else "timm/resnet18"
+        raise UserError(
+            f"the data has {inputs}, and '{spec}' takes {'images' if inputs == 'graphs' else 'graphs'}; name one such as {instead}"
+        )
     with seeded(seed, "weights", parsed.family, parsed.name):
         model, options = _opener(parsed.family, task)(parsed, fit, weights == "pretrained", file, allow_partial)
     if saved is not None:
@@ -233,7 +240,8 @@ def _read_config(folder: Path, config: dict[str, Any]) -> Saved:
         known = len(config["id2label"]) if "id2label" in config else 2  # transformers' own default
         spec, preprocessing = Spec("transformers", str(folder)), transformers_preprocessing(str(folder))
         channels = config.get("num_channels", 3)
-        return Saved(spec, known, channels, preprocessing, file, task="segment" if segments else "classify", names=names)
+        task = "segment" if segments else "classify" if known else "encode"
+        return Saved(spec, known, channels, preprocessing, file, task=task, names=names)
     ours = config["stillhouse"]
     if ours["family"] == "object":
         raise UserError(

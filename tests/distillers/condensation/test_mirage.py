@@ -141,10 +141,14 @@ def test_what_cannot_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     Mirage(student(layers=1), hops=2)
     pair, lonely = (Data(x=torch.tensor(x), edge_index=undirected(e)) for x, e in (([0, 1], [(0, 1)]), ([0, 1], [])))
     method = Mirage(student(), theta=1)
-    with pytest.raises(UserError, match="class number 1 is left without a tree that enough of its 1 graphs share: a smaller theta"):
-        method.prepare([(Batch.from_data_list([pair, lonely]), torch.tensor([0, 1]))])
-    with pytest.raises(UserError, match="class number 1 is left without a tree that enough of its 0 graphs"):
+    no_tree = "class number 1 has 1 graphs and none of them an edge, so that no tree is to be mined; give every class graphs with edges"
+    for of in ({"theta": 1}, {"budget": 1000}):
+        with pytest.raises(UserError, match=no_tree):
+            Mirage(student(), **of).prepare([(Batch.from_data_list([pair, lonely]), torch.tensor([0, 1]))])
+    with pytest.raises(UserError, match="class number 1 has no graph to be mined; give every class graphs with edges, or leave it out"):
         method.prepare([(Batch.from_data_list([pair]), torch.tensor([0]))])
+    with pytest.raises(UserError, match="class number 1 is left without a tree that enough of its 1 graphs share: a smaller theta"):
+        Mirage(student(), theta=2).prepare([(Batch.from_data_list([pair, pair, pair]), torch.tensor([0, 0, 1]))])
     with pytest.raises(UserError, match="float32, expected kinds"):
         method.prepare([(Batch.from_data_list([copy.copy(pair).update({"x": torch.rand(2, 4)})]), torch.tensor([0]))])
     method.prepare(
@@ -240,3 +244,31 @@ def test_students_of_other_kinds_train_on_the_run(tmp_path: Path) -> None:
     )
     assert (tmp_path / "next" / "student" / "model.safetensors").is_file()
     assert 0 <= run.metrics["top1"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("method", "job", "said"),
+    [
+        (
+            "mirage",
+            {"student": "pyg/gin", "data": "digits"},
+            "method mirage is for graphs to classify, and 'digits' has images to classify; use ",
+        ),
+        ("kd", {"student": "pyg/gin", "teacher": "pyg/gin", "data": "motifs"}, "has graphs to classify; use one of mirage, scratch"),
+        ("mae", {"student": "pyg/gin", "data": "motifs", "task": "encode"}, "the data 'motifs' are to classify, not to encode"),
+        (
+            "mirage",
+            {"student": "timm/test_resnet", "data": "motifs"},
+            "the data has graphs, and 'timm/test_resnet' takes images; name one such as",
+        ),
+        (
+            "scratch",
+            {"student": "pyg/gin", "data": "digits"},
+            "the data has images, and 'pyg/gin' takes graphs; name one such as timm/resnet18",
+        ),
+    ],
+)
+def test_images_and_graphs_are_told_apart_before_anything_is_done(method: str, job: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        distill(method, out=str(tmp_path / "run"), **job)
+    assert not (tmp_path / "run").exists()

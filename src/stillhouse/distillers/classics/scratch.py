@@ -24,6 +24,7 @@ class Scratch(Distiller):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("classify", "detect", "segment", "regress")
+    inputs: ClassVar[tuple[str, ...]] = ("images", "graphs")
     off: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, student: nn.Module) -> None:

@@ -62,7 +62,7 @@ class Mirage(Distiller):
 
     off: ClassVar[dict[str, Any]] = {}
     frozen: ClassVar[tuple[str, ...]] = ()
-    inputs: ClassVar[str] = "graphs"
+    inputs: ClassVar[tuple[str, ...]] = ("graphs",)
 
     def __init__(
         self,
@@ -114,12 +114,12 @@ class Mirage(Distiller):
             trees = tree_labels(graph, self.hops, self.edges)
             classes.setdefault(label, []).append(frozenset(tree for tree in trees if not is_bare(tree)))
         found = self.affordable(classes) if self.budget else self.mined(classes, self.theta)
-        for label, itemsets in found.items():
-            if not itemsets:
-                remedy = "a larger budget" if self.budget else "a smaller theta"
-                raise UserError(
-                    f"class number {label} is left without a tree that enough of its {len(classes[label])} graphs share: {remedy}"
-                )
+        for label in (label for label, itemsets in found.items() if not itemsets):
+            number, remedy = len(classes[label]), "a larger budget" if self.budget else "a smaller theta"
+            if not any(classes[label]):
+                what = f"{number} graphs and none of them an edge, so that no tree is" if number else "no graph"
+                raise UserError(f"class number {label} has {what} to be mined; give every class graphs with edges, or leave it out")
+            raise UserError(f"class number {label} is left without a tree that enough of its {number} graphs share: {remedy}")
         return assembled(found, {"hops": self.hops, "graphs": len(samples)})
 
     def mined(self, classes: dict[int, Transactions], theta: float) -> dict[int, Itemsets]:
