@@ -38,7 +38,7 @@ def test_rows_and_multiply_adds(measured: dict[str, list[dict[str, object]]]) ->
     rows = measured["rows"]
     assert [row["name"] for row in rows] == ["plain training", "full KD", "MaskedKD keep=1.0", "MaskedKD keep=4"]
     assert [row["kept"] for row in rows] == [None, None, 16, 4]
-    full, kept = vit_macs(3, 32, 17, 16, 16, 3), vit_macs(3, 32, 5, 16, 16, 3)
+    full, kept = vit_macs(3, 32, 17, 16, 16, 3), vit_macs(3, 32, 5, 4, 16, 3)
     assert [row["teacher_macs"] for row in rows] == [0, full, full, kept]
 
 

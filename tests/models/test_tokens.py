@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from stillhouse.errors import UserError
 from stillhouse.models.outputs import logits_of
 from stillhouse.models.taps import SaliencyTap, has_class_token, last_attention
-from stillhouse.models.tokens import OnSomeTokens, gather_tokens, patch_grid, prefix_tokens
+from stillhouse.models.tokens import OnSomeTokens, gather_tokens, kept_patches, patch_grid, prefix_tokens
 from tests.conftest import EVERY_FAMILY, FAMILIES, PATCHES, Family, images, permutations, tiny, tiny_transformers
 
 TABLE = Path(__file__).parents[2] / "docs" / "supported_models.md"
@@ -123,8 +127,10 @@ def test_equals_a_full_pass_whose_attention_cannot_see_the_dropped_keys(family: 
     visible = torch.cat([torch.ones(2, model.num_prefix_tokens, dtype=torch.bool), visible], dim=1)
     with torch.no_grad():
         masked = model.forward_features(inputs, attn_mask=visible[:, None, None, :].expand(-1, 1, visible.shape[1], -1))
-        wrapped.gate.keep = keep
-        fewer = model.forward_features(inputs)
+    last: list[Tensor] = []
+    model.norm.register_forward_hook(lambda module, inputs, output: last.append(output))
+    run(wrapped, inputs, keep)
+    (fewer,) = last
     torch.testing.assert_close(fewer[:, 0], masked[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close(fewer, gather_tokens(masked, keep, model.num_prefix_tokens), rtol=0, atol=1e-5)
 
@@ -163,6 +169,78 @@ def test_a_transformers_head_averages_over_the_kept_tokens() -> None:
     features = torch.cat([last[0][:, 0], last[0][:, 1:].mean(1)], dim=1)
     assert last[0].shape[1] == 6
     torch.testing.assert_close(output, wrapped.model.classifier(features), rtol=0, atol=1e-6)
+
+
+EMBEDS_KEPT_ONLY = {
+    *("ViT, DeiT", "ViT with an average head", "ViT with registers and without class token", "distilled DeiT", "DeiT III", "CLIP"),
+    *("SigLIP", "DINOv2 with registers", "EVA-02", "rotary ViT", ROTARY_BY_HEAD, "CaiT", "transformers ViT", "transformers DeiT"),
+}
+"""The families whose patch embedding runs on the kept patches alone."""
+
+
+@EVERY_FAMILY
+def test_only_kept_patches_are_embedded_where_they_can_be_chosen_first(family: Family) -> None:
+    """Their tokens are those that the convolution makes of all patches: not bit for bit, as it is a matrix product then."""
+    wrapped, inputs, seen = OnSomeTokens(family.build()), family.inputs(), []
+    embeds = next(module for name, module in wrapped.named_modules() if name.endswith(("patch_embed", "patch_embeddings")))
+    embeds.register_forward_hook(lambda module, given, tokens: seen.append(tokens.flatten(1, -2) if tokens.ndim == 4 else tokens))
+    keep = permutations(2, wrapped.patches)[:, :3]
+    run(wrapped, inputs)
+    run(wrapped, inputs, keep)
+    every, kept = seen
+    assert every.shape[1] == wrapped.patches
+    assert kept.shape[1] == (3 if family.title in EMBEDS_KEPT_ONLY else wrapped.patches)
+    if family.title in EMBEDS_KEPT_ONLY:
+        torch.testing.assert_close(kept, gather_tokens(every, keep, 0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_a_model_of_any_image_size_is_embedded_whole(name: str) -> None:
+    wrapped, keep = OnSomeTokens(tiny(name, dynamic_img_size=True)), permutations(2, PATCHES)[:, :5]
+    fixed = OnSomeTokens(tiny(name))
+    torch.testing.assert_close(run(wrapped, images(), keep), run(fixed, images(), keep), rtol=0, atol=1e-5)
+
+
+SIDES = st.integers(1, 4)
+
+
+@given(grid=st.tuples(SIDES, SIDES), size=st.tuples(SIDES, SIDES), left=st.integers(0, 2), data=st.data())
+def test_kept_patches_are_the_squares_of_the_image(grid: tuple[int, int], size: tuple[int, int], left: int, data: st.DataObject) -> None:
+    (rows, columns), (height, width) = grid, size
+    picture = torch.randn(2, 3, rows * height + min(left, height - 1), columns * width + min(left, width - 1))
+    orders = [data.draw(st.permutations(range(rows * columns))) for _ in range(2)]
+    keep = torch.tensor(orders)[:, : data.draw(st.integers(1, rows * columns))]
+    found = kept_patches(picture, keep, size)
+    for image, chosen, patches in zip(picture, keep, found, strict=True):
+        for place, patch in zip(chosen.tolist(), patches, strict=True):
+            top, start = place // columns * height, place % columns * width
+            assert torch.equal(patch, image[:, top : top + height, start : start + width])
+
+
+def test_a_student_on_some_of_its_patches_learns_as_if_all_had_been_embedded() -> None:
+    model, keep = tiny(), permutations(2, PATCHES)[:, :5]
+    ours = torch.autograd.grad(OnSomeTokens(model)(images(), keep).square().sum(), list(model.parameters()))
+    tokens = gather_tokens(model._pos_embed(model.patch_embed(images())), keep, 1)
+    logits = model.forward_head(model.norm(model.blocks(tokens)))
+    for a, b in zip(ours, torch.autograd.grad(logits.square().sum(), list(model.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [tiny, lambda: tiny_transformers("ViT")], ids=["timm", "transformers"])
+def test_compiles_once_a_keep_with_static_shapes_and_without_a_break(make: Callable[[], nn.Module]) -> None:
+    """A break of the graph, such as for a value that the host has to know, would be an error."""
+    torch._dynamo.reset()
+    wrapped, counter = OnSomeTokens(make()), CompileCounterWithBackend("aot_eager")
+    wrapped.compile(backend=counter, fullgraph=True)
+    compiled = []
+    for step, count in enumerate((8, 8, 8, 5, 5, 3, 8, 5)):
+        keep = permutations(2, PATCHES, seed=step)[:, :count]
+        torch._dynamo.mark_static(keep, 1)
+        run(wrapped, images(seed=step), keep)
+        compiled.append(counter.frame_count)
+    assert compiled == [1, 1, 1, 2, 2, 3, 3, 3]
+    nodes = [node for graph in counter.graphs for node in graph.graph.nodes]
+    assert not [node for node in nodes if isinstance(node.meta.get("example_value"), torch.SymInt)], "a side that may vary"
 
 
 def test_works_compiled() -> None:

@@ -50,13 +50,14 @@ def vit_macs(depth: int, width: int, tokens: int, patches: int, patch_dim: int, 
     """Multiply-adds of a ViT's forward pass, for one image: L ((4 + 2 r) n D² + 2 n² D) + N P D + D C.
 
     At the usual MLP ratio r = 4 this is L (12 n D² + 2 n² D) + N P D + D C, by which the "FLOPs" of MaskedKD's tables
-    (arXiv 2302.10494) come out. The patch embedding is paid for all N patches, the blocks for the n tokens that run.
+    (arXiv 2302.10494) come out. There the patch embedding is paid for all N patches, the blocks for the n tokens that run; where only the
+    kept patches are embedded, as `OnSomeTokens` does with a plain ViT, `patches` is their number.
 
     Args:
         depth: L, number of blocks.
         width: D, channels of a token.
         tokens: n, tokens inside a block, prefix tokens included.
-        patches: N, patches of the image.
+        patches: N, patches that are embedded.
         patch_dim: P, values in a patch (channels x side²).
         classes: C, outputs of the head; 0 without a head.
         mlp_ratio: r, hidden width of the MLP over D.

@@ -10,6 +10,11 @@ has that place:
 | timm `Eva` (EVA-02, DINOv3, rotary ViTs) | its `patch_drop`, which also selects the rotary angles | rotary, follow the kept tokens |
 | timm `Cait` | behind `pos_drop`: the class token joins only in the last blocks (arXiv 2302.10494, CaiT teacher) | added before |
 | transformers ViT, DeiT, DINOv2 (with registers), AST | behind `embeddings` | added before |
+
+Where the patch embedding is one convolution whose kernel is its stride, it need not run on all patches either: the kept patches of the
+image are gathered, multiplied by the convolution's weight, and given their own positions. Not so where the model computes with the grid of
+what it embedded: a resized image or position table (`dynamic_img_size`, transformers' DINOv2), overlapping patches (AST), other layers in
+front (hybrids); there the choice is made behind the embedding, as above.
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ from typing import Any
 import torch
 import torch._dynamo.config
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.models.preprocessing import Preprocessing, preprocessing_of
@@ -43,13 +50,47 @@ class _Gate(nn.Module):
         super().__init__()
         self.prefix = prefix
         self.keep: Tensor | None = None
+        self.embeds: _KeptPatches | None = None
 
     def hook(self, module: nn.Module, inputs: Any, tokens: Tensor) -> Tensor:
-        return tokens if self.keep is None else gather_tokens(tokens, self.keep, self.prefix)
+        if self.keep is None or self.embeds is not None:
+            return tokens
+        return gather_tokens(tokens, self.keep, self.prefix)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """As timm's Eva calls its `patch_drop`: the tokens, and the kept indices for the rotary angles."""
         return self.hook(self, (), tokens), self.keep
+
+
+class _KeptPatches:
+    """Stands for the forward pass of a convolution that embeds patches; where some are kept, only those are gathered and embedded.
+
+    Attributes:
+        positions: the name of the model's position table, "" for none.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, positions: str, gate: _Gate) -> None:
+        self.convolution, self.positions, self.gate = convolution, positions, gate
+        self.otherwise = convolution.forward
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, D, rows, columns] for all patches, or [B, D, K, 1] for the kept ones."""
+        keep = self.gate.keep
+        if keep is None:
+            return self.otherwise(images)
+        patches = kept_patches(images, keep, self.convolution.kernel_size)
+        tokens = F.linear(patches.flatten(2), self.convolution.weight.flatten(1), self.convolution.bias)
+        return tokens.transpose(1, 2).unsqueeze(-1)
+
+
+def kept_patches(images: Tensor, keep_BK: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The chosen patches [B, K, C, h, w] of images [B, C, H, W], counted row by row; what is left over at right and bottom is no patch."""
+    height, width = size
+    rows, columns = images.shape[2] // height, images.shape[3] // width
+    whole = images[:, :, : rows * height, : columns * width]
+    grid = whole.unflatten(3, (columns, width)).unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
+    batch = torch.arange(len(images), device=images.device).unsqueeze(1)
+    return grid[batch, keep_BK // columns, keep_BK % columns]
 
 
 class OnSomeTokens(nn.Module):
@@ -75,14 +116,26 @@ class OnSomeTokens(nn.Module):
             model.patch_drop = self.gate
         elif place is not self.gate:
             place.register_forward_hook(self.gate.hook)
+        found = _embedding_of(model)
+        if found is not None:
+            convolution, positions = found
+            self.gate.embeds = _KeptPatches(convolution, positions, self.gate)
+            convolution.forward = self.gate.embeds  # type: ignore[assignment]
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Any:
         """The model's output on `images` [B, C, H, W], computed on the patches `keep` (int64 [B, K], distinct within a row) or on all."""
         self.gate.keep = keep
         try:
-            return self.model(images)
+            if keep is None or self.gate.embeds is None or not self.gate.embeds.positions:
+                return self.model(images)
+            return functional_call(self.model, self._positions(self.gate.embeds.positions, keep), (images,))
         finally:
             self.gate.keep = None
+
+    def _positions(self, name: str, keep: Tensor) -> dict[str, Tensor]:
+        """The rows of the model's position table, by its name, that belong to the tokens which are embedded."""
+        table = self.model.get_parameter(name)
+        return {name: gather_tokens(table.expand(len(keep), -1, -1), keep, table.shape[1] - self.patches)}
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -152,6 +205,27 @@ def _place_of(model: nn.Module) -> tuple[nn.Module | None, int]:
         "Supported are timm's ViT, DeiT, CLIP, SigLIP, DINOv2, EVA, DINOv3 and CaiT, and transformers' ViT, DeiT, DINOv2 and AST; "
         "or keep all tokens with --method kd"
     )
+
+
+def _embedding_of(model: nn.Module) -> tuple[nn.Conv2d, str] | None:
+    """The convolution that embeds patches one by one, and the name of the table of positions added to them; None where there is none."""
+    from timm.layers.patch_embed import PatchEmbed
+    from timm.models.eva import Eva
+
+    backbone = _transformers_backbone(model)
+    if backbone is not None:
+        owner, convolution = backbone.embeddings, getattr(backbone.embeddings.patch_embeddings, "projection", None)
+        plain, table = type(owner).__name__ in {"ViTEmbeddings", "DeiTEmbeddings"}, getattr(owner, "position_embeddings", None)
+    else:
+        embed: Any = getattr(model, "patch_embed", None)
+        convolution, table = getattr(embed, "proj", None), getattr(model, "pos_embed", None)
+        plain = type(embed) is PatchEmbed and embed.flatten and not embed.dynamic_img_pad and not getattr(model, "dynamic_img_size", False)
+        plain = plain and (table is not None or isinstance(model, Eva))
+    if not (plain and type(convolution) is nn.Conv2d and convolution.kernel_size == convolution.stride):
+        return None
+    if convolution.padding != (0, 0) or convolution.dilation != (1, 1) or convolution.groups != 1:
+        return None
+    return convolution, next((name for name, parameter in model.named_parameters() if parameter is table), "")
 
 
 def _transformers_backbone(model: nn.Module) -> Any | None:

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from stillhouse.distillers.base import Clock
@@ -156,6 +157,23 @@ def test_keep_follows_its_schedule_and_goes_on_from_a_checkpoint() -> None:
     other.load_state_dict(distiller.state_dict())
     assert other.kept == 3
     assert other.progress == distiller.progress
+
+
+def test_a_compiled_teacher_is_compiled_once_for_each_keep_and_its_shapes_are_static() -> None:
+    torch._dynamo.reset()
+    distiller, counter, compiled = (
+        MaskedKD(student(), teacher(), keep="0:8,0.25:5,0.5:3,0.75:8"),
+        CompileCounterWithBackend("aot_eager"),
+        [],
+    )
+    distiller.teacher.compile(backend=counter, fullgraph=True)
+    for step in range(8):
+        distiller.after_update(Clock(step=step, steps=8, epoch=0, epochs=1))
+        distiller((images(4, seed=step), labels(4)))
+        compiled.append(counter.frame_count)
+    assert compiled == [1, 1, 2, 2, 3, 3, 3, 3]
+    nodes = [node for graph in counter.graphs for node in graph.graph.nodes]
+    assert not [node for node in nodes if isinstance(node.meta.get("example_value"), torch.SymInt)], "a side that may vary"
 
 
 @pytest.mark.parametrize("keep", [6, 1.0])

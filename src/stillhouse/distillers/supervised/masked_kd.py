@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import mark_static
 
 from stillhouse.distillers.base import Clock, Distiller
 from stillhouse.distillers.classics.kd import check_weighting
@@ -92,6 +93,8 @@ class MaskedKD(Distiller):
         images, labels = batch
         logits_S = logits_of(self.student(images))
         keep = highest(self.scores(images), self.kept) if self.kept < self.patches else None
+        if keep is not None:
+            mark_static(keep, 1)  # compiled once for each number of patches, not once for any number
         logits_T = logits_of(self.teach(images, keep))
         if self.targets == "soft":
             kd = kl_divergence(logits_S, logits_T, self.temperature)
