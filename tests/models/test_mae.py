@@ -58,7 +58,7 @@ def test_all_visible_it_is_timms_own_pass(name: str) -> None:
         on_some = OnSomeTokens(encoder)
         on_some(images(), keep)
         hook.remove()
-        assert torch.equal(encode(encoder, images(), keep), seen[0])
+        torch.testing.assert_close(encode(encoder, images(), keep), seen[0], rtol=1e-5, atol=1e-5)  # it embeds the kept patches only
 
 
 @pytest.mark.parametrize("name", NAMES)
