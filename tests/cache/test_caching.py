@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stillhouse.cache.teacher import CachedTeacher
+from stillhouse.cache.teacher import APART, CachedTeacher, prints
 from stillhouse.caching import try_out
 from stillhouse.distillers.base import Clock, Distiller
 from stillhouse.distillers.classics.kd import KD
@@ -109,9 +111,9 @@ def test_a_second_run_finds_the_answers_and_others_are_refused(tmp_path: Path) -
         r"another precision \(fp32, now bf16\)": {"precision": "bf16"},
         r"another teacher \(": {"teacher": network("timm/vit_tiny_patch16_224:img_size=8,patch_size=4,embed_dim=24,depth=1", 5)},
     }
-    for why, settings in wrong.items():
+    for why, given_too in wrong.items():
         with pytest.raises(UserError, match=why):
-            distil(tmp_path / "wrong", "kd", **{**named, "allow_weak_teacher": True, **settings})
+            distil(tmp_path / "wrong", "kd", **{**named, "allow_weak_teacher": True, **given_too})
         assert not (tmp_path / "wrong").exists()
     assert (folder / "manifest.json").read_bytes() == manifest
 
@@ -126,9 +128,9 @@ def test_what_cannot_work_is_said_before_anything_is_written(tmp_path: Path) -> 
         "top_k is 10, expected 1 to 9": ("kd", {**CACHE, "cache_top_k": 10}),
         "cache_storage is int4": ("kd", {**CACHE, "cache_storage": "int4"}),
     }
-    for why, (method, settings) in refused.items():
+    for why, (method, given_too) in refused.items():
         with pytest.raises(UserError, match=why):
-            distil(tmp_path / "run", method, **settings)
+            distil(tmp_path / "run", method, **given_too)
         assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
@@ -143,3 +145,26 @@ def test_a_damaged_manifest_is_told(tmp_path: Path) -> None:
     (tmp_path / "answers" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
         distil(tmp_path / "run", "kd", **{**CACHE, "teacher_cache": str(tmp_path / "answers")})
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000))
+def test_prints_tell_images_apart(seed: int) -> None:
+    """Flipped, moved by a pixel, a corner erased, normalised otherwise, in another order; rounding is no other image."""
+    random = torch.Generator().manual_seed(seed)
+    small = torch.rand(16, 3, 12, 12, generator=random)
+    images = torch.nn.functional.interpolate(small, size=96, mode="bilinear")  # as smooth as photographs are
+    erased = images.clone()
+    erased[:, :, :16, :16] = torch.rand(16, 3, 16, 16, generator=random)
+    own = prints([images])
+    others = {
+        "flip": images.flip(-1),
+        "move": images.roll(1, -1),
+        "erase": erased,
+        "normalise": images * 1.1 - 0.1,
+        "order": images.roll(1, 0),
+    }
+    for name, other in others.items():
+        assert (prints([other]) - own).abs().max() > APART, name
+    assert (prints([images * (1 + 1e-6 * torch.randn(images.shape, generator=random))]) - own).abs().max() < APART / 100
+    assert torch.equal(prints([images[3:5]]), own[3:5])
