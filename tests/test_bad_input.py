@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import stillhouse as sh
-from stillhouse import cli
+from stillhouse import cli, run_folder
 from stillhouse.errors import UserError
 from stillhouse.interrupted import Interrupted
 from stillhouse.models.saving import save_student
@@ -201,6 +201,7 @@ def test_a_checkpoint_of_something_else_is_refused_and_nothing_changes(
 ) -> None:
     """The names are the same, but not what they stand for."""
     settings = (stopped / "settings.yaml").read_text()
+    differs = {"teacher": r"\w+, now \w+", "settings": r"alpha was 0\.5, now 0\.25, hint was 0\.0, now 1\.0"}[what]
     if what == "teacher":
         shutil.copytree(teacher(), "changed")
         path = Path("changed/student/model.safetensors")
@@ -209,23 +210,80 @@ def test_a_checkpoint_of_something_else_is_refused_and_nothing_changes(
         path.write_bytes(content)
         settings = settings.replace(f"teacher: {teacher()}", "teacher: changed")
     else:
-        settings = settings.replace("alpha: 0.5", "alpha: 0.25")
+        settings = settings.replace("alpha: 0.5", "alpha: 0.25").replace("hint: 0.0", "hint: 1.0")
     (stopped / "settings.yaml").write_text(settings)
-    refused(["distill", "--resume", "--out", "run"], f"step-00000003 is of another {what}", capsys)
+    refused(["distill", "--resume", "--out", "run"], rf"step-00000003 is of another {what} \({differs}\); start anew", capsys)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(stopped: Path, caplog: pytest.LogCaptureFixture) -> None:
     last = checkpoints(stopped / "checkpoints")[-1]
     content = (last / "distiller.safetensors").read_bytes()
     (last / "distiller.safetensors").write_bytes(content[:-5])
-    refused(
-        ["distill", "--resume", "--out", "run"],
-        rf"remove {re.escape('run/checkpoints/step-00000003')} to go on from the one before",
-        capsys,
-    )
-    shutil.rmtree(last)
     assert cli.main(["distill", "--resume", "--out", "run"]) == 0
+    assert "step-00000003/distiller.safetensors is damaged: its contents are not what was written; going on from the" in caplog.text
     assert read_facts(stopped)["status"] == "finished"
+    whole = distil(stopped.parent / "whole", keep=0.5, save_every=2)
+    for name in ("student/model.safetensors", "train.csv", "val.csv"):
+        assert (stopped / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+HOLDER = """
+from pathlib import Path
+from stillhouse.run_folder import locked
+with locked(Path("run")):
+    print("held", flush=True)
+    input()
+"""
+
+
+def test_two_runs_in_one_folder_are_one_too_many(
+    stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
+    before = files(stopped)
+    other = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    sentence = "another process is training in run: wait for it, stop it, or choose another folder with --out"
+    refused(["distill", "--resume", "--out", "run"], sentence, capsys)
+    refused(words(out="run", overwrite=""), sentence, capsys)
+    assert files(stopped) == before
+    other.kill()
+    other.communicate()
+    assert cli.main(["distill", "--resume", "--out", "run"]) == 0
+
+
+def test_resume_begins_what_has_not_begun_when_it_is_told_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So one command does, on a cluster that starts it again whenever a machine is lost."""
+    refused(["distill", "--resume", "--out", "out"], "no run to resume in out", capsys)
+    Path("out").mkdir()
+    for left in (".lock", ".settings.yaml"):  # by a process killed before it wrote anything else
+        Path("out", left).touch()
+    assert cli.main(words(resume="", max_steps="2")) == 0
+    before = files(tmp_path / "out")
+    assert cli.main(words(resume="", max_steps="2")) == 0
+    assert files(tmp_path / "out") == before
+
+
+def test_a_run_that_was_killed_while_writing_its_report_gets_one(tmp_path: Path) -> None:
+    run = distil(tmp_path / "run", max_steps=1)
+    run.report.unlink()
+    assert sh.distill(out=str(run.folder), resume=True).report.is_file()
+
+
+def test_a_run_that_was_removed_by_half_can_be_removed_again(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = shutil.rmtree
+
+    def cut_short(path: Path, *rest: Any, **more: Any) -> None:
+        remove(path, *rest, **more)
+        if Path(path).name == "checkpoints":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        distil(stopped, overwrite=True, max_steps=1)
+    monkeypatch.undo()
+    assert distil(stopped, overwrite=True, max_steps=1).facts["status"] == "finished"
 
 
 def test_overwrite_removes_the_run_only_once_everything_is_known_to_work(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,12 +372,12 @@ def test_every_file_may_meet_a_full_disk(
         return write(self, *rest, **more)
 
     def opening(self: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
-        if self.name == name and mode == "a":
+        if self.name in (name, f".{name}") and mode in ("a", "w"):
             raise error
         return opened(self, mode, *rest, **more)
 
     def saved(tensors: Any, path: Any, *rest: Any, **more: Any) -> None:
-        if Path(path).name == name:
+        if Path(path).name in (name, f".{name}"):
             raise error
         save_file(tensors, path, *rest, **more)
 

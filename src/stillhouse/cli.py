@@ -10,6 +10,7 @@ import argparse
 import inspect
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -27,6 +28,9 @@ COMMANDS = {
     "export": "the student alone, for timm, transformers, onnx or torch",
 }
 
+EXIT_CODES = """exit codes: 0 done; 1 refused or failed, one sentence on the error stream says why;
+130 stopped by Ctrl-C (SIGINT), 143 by SIGTERM: `stillhouse distill --resume --out RUN` goes on."""
+
 POSITIONALS: dict[str, dict[str, dict[str, Any]]] = {
     "methods": {"name": {"nargs": "?", "help": "a method; all by default"}},
     "evaluate": {"run": {"help": "a run folder, the folder of a network in it, or a network by name"}},
@@ -37,12 +41,12 @@ POSITIONALS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0 done, 1 refused (one sentence on the error stream), 130 interrupted and resumable."""
+    """Runs the command; returns its exit code, which `EXIT_CODES` tells."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="stillhouse",
         description="Distils: a small model out of a large one, by the published ways.",
-        epilog="stillhouse COMMAND --help shows a command's flags.",
+        epilog=f"stillhouse COMMAND --help shows a command's flags.\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"stillhouse {__version__}")
@@ -71,7 +75,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return 1
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"stillhouse {name}: {str(error) or 'stopped'}", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "signal", signal.SIGINT)
     return 0
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stillhouse.distillers import name_of
 from stillhouse.interrupted import Interrupted
-from stillhouse.run_folder import FREE, open_folder, read_facts, status
+from stillhouse.report import write_report
+from stillhouse.run_folder import FREE, is_main_process, open_folder, read_facts, status
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,7 +94,8 @@ def distill(
         allow_weak_teacher: go on although the teacher is no better than chance on this data.
         baseline: also train the same student on labels only, same recipe and seed, into OUT/baseline; always done in the embedded job.
         bad_data: refuse stops at unreadable images and names them; skip leaves them out and lists them in the run folder.
-        resume: go on with the run in OUT, exactly; its settings are read from there.
+        resume: go on with the run in OUT, exactly; its settings are read from there. With student and data named it is begun if there is
+            none yet, so that a cluster can start the same command again and again.
         overwrite: remove the run in OUT first.
         settings: of the loop (`stillhouse.training.recipe.Recipe`), of the augmentation
             (`stillhouse.data.transforms.train_transform`), and of the method.
@@ -110,6 +112,8 @@ def distill(
     chosen = method or default_method(task, data)
     folder, stored = open_folder(out, name_of(chosen), given, resume, overwrite)
     if stored is not None and status(folder) == "finished":
+        if is_main_process() and not (folder / "report.html").is_file():  # killed while writing it
+            write_report(folder)
         return Run(folder)
     method = asked["method"] = method or (stored or {}).get("method") or chosen
     if stored is not None:
@@ -125,7 +129,7 @@ def distill(
     try:
         Session(folder, job, resume, overwrite).run()
     except Interrupted as error:
-        raise Interrupted(f"{error}; go on with: stillhouse distill --resume --out {folder}") from None
+        raise Interrupted(f"{error}; go on with: stillhouse distill --resume --out {folder}", error.signal) from None
     return Run(folder)
 
 

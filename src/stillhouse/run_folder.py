@@ -14,8 +14,12 @@ import yaml
 
 from stillhouse.errors import UserError, printable
 
-FREE = ("workers", "save_every", "trackers")
+FREE = ("workers", "save_every", "keep_checkpoints", "trackers", "timeout")
 """The settings that a resume may change: they do not change what is learnt."""
+PATIENCE = 15.0
+"""Seconds that a run waits for a folder in use: what loads images for a process that was killed takes a few to notice it, and until then it
+holds the folder too."""
+LOCK = ".lock"
 
 
 def open_folder(out: str | None, method: str, given: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Path, dict[str, Any] | None]:
@@ -23,18 +27,20 @@ def open_folder(out: str | None, method: str, given: dict[str, Any], resume: boo
 
     Args:
         out: where; None: the next free runs/METHOD-N.
-        given: the settings named by the user; a resume refuses those that differ from what is stored, but for the `FREE` ones.
+        given: the settings named by the user; a resume refuses those that differ from what is stored, but for the `FREE` ones. With a
+            student and data among them it also begins a run that has not begun.
 
     Raises:
         UserError: if the folder holds something and neither resume nor overwrite is asked for, it is no run folder, there is nothing to
             resume, or another setting is given than the run has.
     """
     folder = Path(out) if out else _next_free(method)
-    if resume:
+    holds = folder.exists() and not (folder.is_dir() and all(path.name in (LOCK, ".settings.yaml") for path in folder.iterdir()))
+    if resume and (holds or not {"student", "data"} <= given.keys()):
         return folder, _stored(folder, out, given)
     if folder.is_file():
         raise UserError(f"{folder} is a file, expected a folder for the run; choose another with --out")
-    if folder.is_dir() and any(folder.iterdir()) and _is_main_process():
+    if holds and is_main_process():
         if not overwrite:
             raise UserError(
                 f"{folder} already holds something; go on with it with --resume, replace the run with --overwrite, or choose another --out"
@@ -114,6 +120,66 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file beside `path`, flushed and renamed to it at the end: whenever the machine stops, the old one is there or the new one.
+
+    Raises:
+        UserError: if it cannot be written; what was there before stays.
+    """
+    beside = path.with_name(f".{path.name}")
+    with writing(path):
+        try:
+            yield beside
+            flush(beside)
+            beside.replace(path)
+            flush(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or which names a folder holds, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else trains in the folder meanwhile. The system gives it free when the process ends, however it ends.
+
+    Raises:
+        UserError: if another process has it, and keeps it for `PATIENCE` seconds.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK, timeout=PATIENCE)
+    with writing(folder):
+        try:
+            lock.acquire()
+        except Timeout:
+            told = f"another process is training in {folder}: wait for it, stop it, or choose another folder with --out"
+            raise UserError(told) from None
+        except NotImplementedError:
+            pass  # a file system without locks: some clusters have one
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def emptied(folder: Path) -> None:
+    """Removes a run; what says that it is one goes last, so that it can be removed again if this is cut short."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "settings.yaml"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+@contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder`, renamed to it at the end, so that nobody ever sees half of it; what was there before goes only then."""
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("new", "old"))
@@ -121,6 +187,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         new.mkdir(parents=True)
         yield new
+        for path in [*new.rglob("*"), new]:
+            flush(path)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -131,11 +199,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `whole_folder` had begun in `folder` when its process was killed."""
+    for left in [*folder.glob(".*.new"), *folder.glob(".*.old")]:
+        shutil.rmtree(left)
+
+
 def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}")
-    with writing(path):
+    with whole_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
 
 
 def _stored(folder: Path, out: str | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -158,5 +230,6 @@ def _next_free(method: str) -> Path:
     return next(Path("runs") / f"{method}-{number}" for number in range(1, len(taken) + 2) if f"{method}-{number}" not in taken)
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
+    """Whether this process writes the folder: torchrun's first, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0

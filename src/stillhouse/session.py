@@ -9,10 +9,10 @@ import inspect
 import itertools
 import logging
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,23 @@ from stillhouse.models.weights import weights_hash
 from stillhouse.randomness import seed_from, seeded
 from stillhouse.report import write_report
 from stillhouse.results import results
-from stillhouse.run_folder import FREE, read_facts, read_settings, slug, status, write_facts, write_settings, write_skipped, writing
+from stillhouse.run_folder import (
+    FREE,
+    emptied,
+    locked,
+    read_facts,
+    read_settings,
+    remove_unfinished,
+    slug,
+    status,
+    write_facts,
+    write_settings,
+    write_skipped,
+    writing,
+)
 from stillhouse.tasks.base import Task
 from stillhouse.training.batches import on_device
-from stillhouse.training.checkpoint import checkpoints, load_checkpoint
+from stillhouse.training.checkpoint import checkpoints, last_checkpoint
 from stillhouse.training.loop import Loop
 from stillhouse.training.processes import processes
 
@@ -74,6 +87,7 @@ class Session:
 
     def __init__(self, folder: Path, job: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
         self.folder, self.resume, self.overwrite, self.started = folder, resume, overwrite, time.time()
+        self.holding = False
         self.method, self.distiller = distillers.name_of(job["method"]), distillers.find(job["method"])
         self.recipe, self.augmentation, self.settings = split_settings(job["method"], job)
         self.job = job
@@ -157,6 +171,19 @@ class Session:
     def run(self) -> None:
         """Trains stage by stage, then keeps the student and writes the results and the report."""
         self.facts: dict[str, Any] = {}
+        with ExitStack() as self.held:
+            if (self.folder / "settings.yaml").is_file():
+                self.hold()
+            self.run_alone()
+
+    def hold(self) -> None:
+        """Nobody else trains in the folder until `run` is over."""
+        if processes(self.recipe.timeout).is_main_process and not self.holding:
+            self.held.enter_context(locked(self.folder))
+            self.holding = True
+
+    def run_alone(self) -> None:
+        """`run`, once nobody else works in the folder."""
         try:
             for number, stage in enumerate(self.stages()):
                 loop = self.loop(stage, first=number == 0)
@@ -218,7 +245,7 @@ class Session:
 
     def prepare(self, stage: Stage, data: Data) -> None:
         """Lets the stage's distiller see the training set before anything is made of its parameters."""
-        device = processes().device
+        device = processes(self.recipe.timeout).device
         stage.distiller.to(device)
         batches = eval_batches(data.train, self.transforms[1], batch=self.recipe.batch, workers=self.recipe.workers)
         with seeded(self.recipe.seed, "prepare", stage.name):
@@ -229,9 +256,12 @@ class Session:
         state, settings = processes(), vars(self.recipe) | self.augmentation | self.settings
         if state.is_main_process:
             with writing(self.folder):
-                if self.overwrite and self.folder.exists():
-                    shutil.rmtree(self.folder)
                 self.folder.mkdir(parents=True, exist_ok=True)
+            self.hold()
+            with writing(self.folder):
+                if self.overwrite:
+                    emptied(self.folder)
+                remove_unfinished(self.folder)
             named = {name: _plain(self.job.get(name)) for name in (*OWN, *self.others)}
             of_few = {name for name in ("unlabelled", "judge") if named[name] is None}
             write_settings(self.folder, {name: value for name, value in named.items() if name not in of_few} | settings)
@@ -363,17 +393,20 @@ def student_so_far(folder: Path) -> None:
     facts = read_facts(folder)
     if facts["status"] == "finished":
         return
-    found = [
-        path for stage in (folder, *sorted(folder.iterdir())) for path in checkpoints(stage / "checkpoints") if stage.name != "baseline"
-    ]
-    if not found:
+    stages = {
+        stage: found
+        for stage in (folder, *sorted(folder.iterdir()))
+        if stage.name != "baseline" and (found := checkpoints(stage / "checkpoints"))
+    }
+    if not stages:
         raise UserError(f"the run in {folder} has no checkpoint yet; wait for its first one (see --save-every)")
-    last = max(found, key=lambda path: path.stat().st_mtime)
-    parts, _ = load_checkpoint(last)
+    stage = max(stages, key=lambda stage: stages[stage][-1].stat().st_mtime)
+    _, parts, _ = last_checkpoint(stage / "checkpoints")  # type: ignore[misc]  # there is one
     own = {name.removeprefix("student."): value for name, value in parts["distiller"].items() if name.startswith("student.")}
     if not own:
-        stage = last.parent.parent.name
-        raise UserError(f"the run in {folder} is in its stage '{stage}', in which the student does not learn yet; wait for the next one")
+        raise UserError(
+            f"the run in {folder} is in its stage '{stage.name}', in which the student does not learn yet; wait for the next one"
+        )
     job = read_settings(folder / "settings.yaml")
     if job["student"] is None or job["data"] is None:
         raise UserError(f"the run in {folder} was begun in Python with objects that no file names; finish it with resume=True there")
@@ -381,7 +414,6 @@ def student_so_far(folder: Path) -> None:
     student = open_student(job["student"], data, job["student_weights"], job["allow_partial"], job["seed"])
     averaged = {name.removeprefix("student."): value for name, value in parts.get("ema", {}).items() if name.startswith("student.")}
     student.load_state_dict(averaged or own)
-    shutil.rmtree(folder / "student", ignore_errors=True)
     save_student(student, folder / "student")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from stillhouse import distillers
+from stillhouse.errors import UserError
 from stillhouse.interrupted import Interrupted
 from stillhouse.training.checkpoint import checkpoints, load_checkpoint
 from tests.runs import assert_equal, distiller, interrupt, loop, weights
@@ -85,8 +86,9 @@ def test_stopped_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sigterm_stops_as_ctrl_c_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     interrupt(monkeypatch, 3, signal.SIGTERM)
-    with pytest.raises(Interrupted, match="after step 3"):
+    with pytest.raises(Interrupted, match="after step 3") as caught:
         loop(distiller("scratch"), tmp_path).run()
+    assert caught.value.signal == signal.SIGTERM
     assert load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])[1]["step"] == 3
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
@@ -107,11 +109,11 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypat
 
     def dying(step: int, *batch: Any) -> None:
         if step == 9:
-            raise MemoryError
+            raise MemoryError("no more")
         update(step, *batch)
 
     monkeypatch.setattr(learner, "update", dying)
-    with pytest.raises(MemoryError):
+    with pytest.raises(UserError, match=r"memory ran out after step 9 \(no more\): free some and go on with --resume"):
         learner.run()
     resumed = distiller("masked_kd")
     again = loop(resumed, tmp_path / "killed", save_every=5, log_every=2, resume=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from stillhouse.run_folder import whole_file
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -15,7 +16,6 @@ def write_report(run_dir: str | Path) -> Path:
     from stillhouse.report.page import render  # jinja2, numpy and Pillow: only when a report is written
 
     path = Path(run_dir) / "report.html"
-    unfinished = path.with_suffix(".html.tmp")
-    unfinished.write_text(render(Path(run_dir)), encoding="utf-8", errors="backslashreplace")  # a file's name may be no text
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(render(Path(run_dir)), encoding="utf-8", errors="backslashreplace")  # a file's name may be no text
     return path

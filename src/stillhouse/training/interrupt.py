@@ -9,10 +9,10 @@ from typing import Any
 
 
 class Interruption:
-    """While active, `asked` is set by SIGINT and SIGTERM instead of stopping in the middle of a step."""
+    """While active, `asked` becomes the number of the signal, SIGINT or SIGTERM, instead of stopping in the middle of a step."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -26,5 +26,5 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.asked = number
         signal.signal(number, self._before[number])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import io
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
-from stillhouse.run_folder import writing
+from stillhouse.run_folder import whole_file, writing
 
 
 class Table:
@@ -34,34 +37,43 @@ class Table:
         if not writable:
             return
         rows = [row for row in read_table(path) if int(row["step"]) <= last_step]
-        with writing(path):
-            path.unlink(missing_ok=True)
-        for row in rows:
-            self.add(row)
+        if rows:
+            self.columns = list(rows[0])
+            self._write(rows)
+        else:
+            with writing(path):
+                path.unlink(missing_ok=True)
 
     def add(self, row: Mapping[str, float | str]) -> None:
-        """Appends a row; full precision, so that equal runs give equal files."""
+        """Appends a row, on the disk before a checkpoint can be; full precision, so that equal runs give equal files."""
         late = [name for name in row if name not in self.columns]
-        rows = [*read_table(self.path), row] if late else [row]
-        self.columns += late
-        target = self.path.with_name(f".{self.path.name}") if late and len(rows) > 1 else self.path
-        with writing(self.path):
-            if target != self.path:
-                target.unlink(missing_ok=True)
-            with target.open("a", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=self.columns, restval="")
-                if late:
-                    writer.writeheader()
-                writer.writerows(rows)
-            target.replace(self.path)
+        if late:
+            rows = read_table(self.path)
+            self.columns += late
+            self._write([*rows, row])
+            return
+        with writing(self.path), self.path.open("a", newline="") as file:
+            self._writer(file).writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _write(self, rows: Sequence[Mapping[str, float | str]]) -> None:
+        with whole_file(self.path) as beside, beside.open("w", newline="") as file:
+            writer = self._writer(file)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def _writer(self, file: TextIO) -> csv.DictWriter[str]:
+        return csv.DictWriter(file, fieldnames=self.columns, restval="")
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none if there is no file."""
+    """The rows of a CSV file; none if there is no file. A last line that was cut short is no row."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        text = file.read()
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
 
 
 REMEDY = "in another run lower --lr, set --clip 1 or use --precision bf16 or fp32; the checkpoints in this run's folder are from before"

@@ -28,17 +28,17 @@ from stillhouse.interrupted import Interrupted
 from stillhouse.models.detectors import compiled_part
 from stillhouse.models.preprocessing import Preprocessing
 from stillhouse.randomness import samples, seed_from
-from stillhouse.run_folder import writing
+from stillhouse.run_folder import whole_file
 from stillhouse.tasks.base import Task
 from stillhouse.training.batches import in_parts, on_device
 from stillhouse.training.checkpoint import (
-    checkpoints,
-    load_checkpoint,
+    last_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
     save_checkpoint,
 )
 from stillhouse.training.evaluation import evaluate, learnt
+from stillhouse.training.failures import explained
 from stillhouse.training.interrupt import Interruption
 from stillhouse.training.layout import channels_last, checkpointed
 from stillhouse.training.log import Table, Terms, read_table, refuse_unless_finite
@@ -133,11 +133,12 @@ class Loop:
         Raises:
             Interrupted: after a signal to stop, once a checkpoint is written.
             Diverged: if a loss is not finite; the last checkpoint is from before.
-            UserError: if something cannot be written.
+            UserError: if something cannot be written, memory runs out, or another process is gone or does not answer.
         """
         self.accelerator.init_trackers("stillhouse")
         try:
-            return self.run_from_here()
+            with explained(lambda: self.step):
+                return self.run_from_here()
         finally:
             for tracker in self.accelerator.trackers:  # not `end_training`: it takes the process group away from what comes next
                 tracker.finish()
@@ -177,7 +178,7 @@ class Loop:
                 if self.saves() or stopping:
                     self.save()
                 if stopping:
-                    raise Interrupted(f"interrupted after step {self.step}")
+                    raise Interrupted(f"interrupted after step {self.step}", stopping)
                 elsewhere += time.perf_counter() - paused
         return metrics or {name: float(value) for name, value in read_table(val.path)[-1].items() if name not in ("step", "epoch")}
 
@@ -275,13 +276,13 @@ class Loop:
         """Whether a checkpoint is due."""
         return self.step == self.steps or self.step % (self.recipe.save_every or self.steps_per_epoch) == 0
 
-    def stops(self, interruption: Interruption) -> bool:
-        """Whether to end here because of a signal. Several processes agree, and so only where they wait for each other anyway."""
+    def stops(self, interruption: Interruption) -> int:
+        """The signal because of which to end here, or 0. Several processes agree, and so only where they wait for each other anyway."""
         if self.accelerator.num_processes == 1:
             return interruption.asked
         if self.step % self.recipe.log_every and not self.saves():
-            return False
-        return bool(self.accelerator.reduce(torch.tensor(float(interruption.asked), device=self.accelerator.device)) > 0)
+            return 0
+        return int(self.accelerator.gather(torch.tensor([interruption.asked], device=self.accelerator.device)).max())
 
     def evaluate(self) -> dict[str, float]:
         """The metrics of what would be kept now; the names of all but the first network stand before their metrics."""
@@ -363,10 +364,10 @@ class Loop:
             tensors |= self.drawn(pictures, seen_images, targets)
         self.distiller.train(training)
         path = self.folder / "pictures" / f"step-{step:08d}.safetensors"
-        with writing(path):
+        told = {"step": str(step), "progress": str(moments[step])}
+        with whole_file(path) as beside:
             path.parent.mkdir(exist_ok=True)
-            told = {"step": str(step), "progress": str(moments[step])}
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=told)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=told)
 
     @torch.no_grad()
     def drawn(self, pictures: Tensor, images: Any, targets: Any) -> dict[str, Tensor]:
@@ -408,7 +409,7 @@ class Loop:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
             state = {"facts": self.facts, "scaler": scaler, "alarms": self.alarms, "alarmed": self.alarmed}
             state["cache"] = self.cache.counts if self.cache is not None else []
-            save_checkpoint(self.folder / "checkpoints", self.step, parts, state)
+            save_checkpoint(self.folder / "checkpoints", self.step, parts, state, self.recipe.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def by_name(self) -> dict[str, Player]:
@@ -420,19 +421,19 @@ class Loop:
         return named
 
     def load(self) -> None:
-        """Takes up the last checkpoint, if there is one.
+        """Takes up the last checkpoint that is whole, if there is one.
 
         Raises:
-            UserError: if it is damaged, or of another method, model, teacher, data set or settings.
+            UserError: if none is whole, or it is of another method, model, teacher, data set or settings.
         """
-        found = checkpoints(self.folder / "checkpoints")
-        if not found:
+        found = last_checkpoint(self.folder / "checkpoints")
+        if found is None:
             return
-        parts, facts = load_checkpoint(found[-1])
+        path, parts, facts = found
         for name, value in self.facts.items():
             was = facts.get("facts", {}).get(name)
             if was != value:
-                raise UserError(f"{found[-1]} is of another {name} ({was}, now {value}); start anew in another folder with --out")
+                raise UserError(f"{path} is of another {name} ({_difference(was, value)}); start anew in another folder with --out")
         try:
             self.distiller.load_state_dict(parts["distiller"])
             for name, player in self.by_name().items():
@@ -440,7 +441,7 @@ class Loop:
             if self.ema is not None:
                 self.ema.module.load_state_dict(parts["ema"])
         except (RuntimeError, KeyError) as error:
-            raise UserError(f"{found[-1]} is of another network ({str(error).splitlines()[0]}); start anew with --out") from error
+            raise UserError(f"{path} is of another network ({str(error).splitlines()[0]}); start anew with --out") from error
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.step, self.alarms, self.alarmed = facts["step"], facts["alarms"], facts["alarmed"]
@@ -448,6 +449,13 @@ class Loop:
             self.cache.counts = facts["cache"]
         for terms, part in ((self.terms, "log"), (self.figures, "watch")):
             terms.restore(on_device(parts[part], self.accelerator.device))
+
+
+def _difference(was: Any, now: Any) -> str:
+    """What was and what is now; of settings only those that differ."""
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return f"{was}, now {now}"
+    return ", ".join(f"{name} was {was.get(name)}, now {now.get(name)}" for name in {**was, **now} if was.get(name) != now.get(name))
 
 
 def _mixing(data: Data, recipe: Recipe) -> Mixup | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -16,15 +19,18 @@ from torch import distributed
 from stillhouse.errors import UserError, nearest
 from stillhouse.training.recipe import Recipe
 
+HOURGLASS = 10.0
+"""Seconds within which the processes that still work say so, after one of them gave up waiting."""
 
-def processes() -> PartialState:
-    """This process among the others of the run; whoever asks first joins their group.
+
+def processes(timeout: float = 1800.0) -> PartialState:
+    """This process among the others of the run; whoever asks first joins their group, and waits for any of them at most `timeout` seconds.
 
     The group lasts from one run to the next, and is left before Python ends: gloo's threads would otherwise release tensors while the
     interpreter is taken down, and abort the process after all its work is done.
     """
     alone = not distributed.is_initialized()
-    state = PartialState(cpu=on_cpu())
+    state = PartialState(cpu=on_cpu(), timeout=timedelta(seconds=timeout))
     if alone and distributed.is_initialized():
         atexit.register(_leave)
     return state
@@ -36,13 +42,38 @@ def _leave() -> None:
         distributed.destroy_process_group()
 
 
+def missing() -> list[int]:
+    """Which processes do not answer; [] where nothing is known of them, for the store that torchrun keeps is gone too.
+
+    All that gave up waiting call it at about the same time, and answer each other there.
+    """
+    ours, attempt = processes(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    others = [number for number in range(ours.num_processes) if number != ours.process_index]
+    try:
+        store = distributed.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=HOURGLASS)
+        )
+        store.set(f"stillhouse/{attempt}/{ours.process_index}", "here")
+        return [number for number in others if not _answers(store, f"stillhouse/{attempt}/{number}")]
+    except (KeyError, ValueError, RuntimeError):
+        return []
+
+
+def _answers(store: Any, key: str) -> bool:
+    try:
+        store.wait([key], timedelta(seconds=HOURGLASS))
+    except RuntimeError:
+        return False
+    return True
+
+
 def accelerator_for(recipe: Recipe, folder: Path, turns: int = 1) -> Accelerator:
     """Accelerate's view of this machine or cluster, as `accelerate launch` or torchrun set it up.
 
     Raises:
         UserError: if the precision asked for does not work here, or a tracker is unknown or not installed.
     """
-    processes()
+    processes(recipe.timeout)
     AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision fp16 needs a CUDA device; use bf16 or fp32 here")

@@ -43,9 +43,11 @@ class Recipe:
         cache_top_k: keep so many of the largest logits and spread the probability of the rest evenly; by default all.
         workers: processes that load images; 0 loads in the main process.
         save_every: updates between checkpoints; by default one an epoch.
+        keep_checkpoints: how many of the last checkpoints stay; with one alone there is none to fall back on if it is damaged.
         log_every: updates between rows of the log; the loss is checked there too.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         trackers: where curves go beside the CSV files: tensorboard, wandb, mlflow, trackio, or none; several joined by commas.
+        timeout: seconds that one of several processes waits for the others before it gives up.
         seed: everything random is a function of it.
         smoke: do everything once, tiny: four updates, two batches of evaluation.
     """
@@ -76,9 +78,11 @@ class Recipe:
     cache_top_k: int | None = None
     workers: int = 0
     save_every: int | None = None
+    keep_checkpoints: int = 2
     log_every: int = 50
     eval_every: int = 1
     trackers: str = "tensorboard"
+    timeout: float = 1800.0
     seed: int = 0
     smoke: bool = False
 
@@ -88,11 +92,12 @@ class Recipe:
         Raises:
             UserError: naming the setting, its value and what was expected.
         """
-        for name in ("epochs", "batch", "accumulate", "log_every", "eval_every", "max_steps", "save_every", "views", "cache_top_k"):
+        counts = ("epochs", "batch", "accumulate", "log_every", "eval_every", "max_steps", "save_every", "keep_checkpoints", "views", "cache_top_k")
+        for name in counts:
             self._expect(name, lambda value: value >= 1 and value == int(value), "a whole number of at least 1")
         for name in ("workers", "seed"):
             self._expect(name, lambda value: value >= 0 and value == int(value), "a whole number of at least 0")
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "timeout"):
             self._expect(name, lambda value: 0 < value < math.inf, "a positive finite number")
         for name in ("min_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix"):
             self._expect(name, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
