@@ -30,8 +30,8 @@ processes.HOURGLASS = 3.0
 
 def ended(self, step, *batch):
     update(self, step, *batch)
-    if rank == "1" and first and step == 6:
-        if "killed" in str(self.folder):
+    if rank == "1" and step == 6:
+        if "killed" in str(self.folder) and first:
             os.kill(os.getpid(), signal.SIGKILL)
         if "told" in str(self.folder):
             signal.raise_signal(signal.SIGTERM)
@@ -60,7 +60,7 @@ def launched(folder: Path, names: list[str], restarts: int = 0, **more: Any) -> 
     jobs = json.dumps([(str(folder / name), job(**more)) for name in names])
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [f"--max-restarts={restarts}", str(folder / "work.py"), jobs]
-    there = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    there = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=there, timeout=600)
 
 

@@ -30,7 +30,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def held(make: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...] = (STOP,), **recipe: Any) -> None:
+def held(
+    make: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...] = (STOP,), resumed_workers: int = 0, **recipe: Any
+) -> None:
     recipe = {"log_every": 5, **recipe}
     whole = make()
     uninterrupted = loop(whole, folder / "whole", **recipe)
@@ -41,7 +43,7 @@ def held(make: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, stops: tuple[
         with pytest.raises(Interrupted, match=f"after step {stop}$"):
             stopped.run()
     learner = make()
-    resumed = loop(learner, folder / "stopped", resume=True, **recipe)
+    resumed = loop(learner, folder / "stopped", resume=True, **{"workers": resumed_workers, **recipe})
     assert resumed.step == stops[-1]
     assert resumed.run() == metrics
     assert_equal(weights(learner), weights(whole))
@@ -55,12 +57,15 @@ def held(make: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, stops: tuple[
     assert not [key for key in ends[1]["distiller"] if key.startswith("teacher")]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", sorted(distillers.modules()))
-def test_every_distiller_goes_on_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_distiller_goes_on_exactly(name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun without loaders, in full precision taken up with two; with accumulation, a moving average, and mixup where there are labels."""
     if name == "mirage":
         pytest.skip("it trains nothing: tests/test_taken_up.py")
     mixed = {"mixup": 0.8} if "classify" in distillers.find(name).tasks else {}
-    held(lambda: distiller(name), tmp_path, monkeypatch, **mixed, ema=0.8, accumulate=2)
+    settings = {**mixed, "ema": 0.8, "accumulate": 2, "precision": precision}
+    held(lambda: distiller(name), tmp_path, monkeypatch, resumed_workers=2 if precision == "fp32" else 0, **settings)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

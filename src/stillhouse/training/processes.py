@@ -28,9 +28,18 @@ def processes(timeout: float = 1800.0) -> PartialState:
 
     The group lasts from one run to the next, and is left before Python ends: gloo's threads would otherwise release tensors while the
     interpreter is taken down, and abort the process after all its work is done.
+
+    Raises:
+        UserError: if they do not find each other.
     """
     alone = not distributed.is_initialized()
-    state = PartialState(cpu=on_cpu(), timeout=timedelta(seconds=timeout))
+    try:
+        state = PartialState(cpu=on_cpu(), timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise UserError(
+            f"the processes of the run do not find each other ({' '.join(str(error).split())}); if torchrun has started them again, start "
+            "torchrun itself with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or it tells them addresses of processes that are gone"
+        ) from error
     if alone and distributed.is_initialized():
         atexit.register(_leave)
     return state

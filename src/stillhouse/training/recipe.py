@@ -92,8 +92,8 @@ class Recipe:
         Raises:
             UserError: naming the setting, its value and what was expected.
         """
-        counts = ("epochs", "batch", "accumulate", "log_every", "eval_every", "max_steps", "save_every", "keep_checkpoints", "views", "cache_top_k")
-        for name in counts:
+        counts = ("epochs", "batch", "accumulate", "log_every", "eval_every", "max_steps", "save_every", "keep_checkpoints")
+        for name in (*counts, "views", "cache_top_k"):
             self._expect(name, lambda value: value >= 1 and value == int(value), "a whole number of at least 1")
         for name in ("workers", "seed"):
             self._expect(name, lambda value: value >= 0 and value == int(value), "a whole number of at least 0")
