@@ -94,7 +94,7 @@ class Part:
         self._shards: list[dict[str, Tensor]] = []
         self._known: set[str] = set()
         self._pending: list[int] = []
-        self._pending_errors: list[dict[str, tuple[Tensor, int]]] = []
+        self._pending_errors: dict[str, tuple[Tensor, int]] = {}
 
     def missing(self, ids: Tensor) -> Tensor:
         """The places among `ids` [B] that nothing is known of."""
@@ -119,7 +119,9 @@ class Part:
             errors: of each answer [greatest, sum] of the error of keeping it, and how many numbers that is.
         """
         self._pending.append(len(self._shards))
-        self._pending_errors.append(errors)
+        for name, (found, number) in errors.items():
+            before, count = self._pending_errors.get(name, (torch.zeros_like(found), 0))
+            self._pending_errors[name] = torch.stack([torch.maximum(before[0], found[0]), before[1] + found[1]]), count + number
         self._index({"id": ids.int().to(next(iter(numbers.values())).device), **numbers}, ids)
         if self.held >= SHARD:
             self.flush()
@@ -140,13 +142,14 @@ class Part:
         batches = [self._shards[number] for number in self._pending]
         numbers = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in batches[0]}
         errors = self.check()
-        content = save(numbers, metadata={"about": json.dumps(self.about), "errors": json.dumps(errors)})
+        told = json.dumps({"about": self.about, "errors": errors})  # one entry: of several the order would be by chance, and so the name
+        content = save(numbers, metadata={"told": told})
         path = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
         self.whole.write_manifest()
         _write_whole(path, content)
         for number in self._pending:
             self._shards[number] = {}
-        self._pending, self._pending_errors = [], []
+        self._pending, self._pending_errors = [], {}
         self._take_in(path)
 
     def check(self) -> dict[str, tuple[float, float, int]]:
@@ -155,7 +158,7 @@ class Part:
         Raises:
             UserError: if a number is too large for how it is kept.
         """
-        errors = _summed([{name: (*found.tolist(), count) for name, (found, count) in each.items()} for each in self._pending_errors])
+        errors = {name: (*found.tolist(), count) for name, (found, count) in self._pending_errors.items()}
         for name, (_, total, _) in errors.items():
             if not total < float("inf"):
                 raise UserError(
@@ -168,7 +171,11 @@ class Part:
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.stem in self._known:
                 continue
-            if hashlib.sha256(path.read_bytes()).hexdigest() == path.stem:
+            try:
+                whole = hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
+            except FileNotFoundError:  # another process found it damaged
+                continue
+            if whole:
                 self._take_in(path)
             else:
                 LOG.warning("%s is damaged: it is removed, and the teacher asked again", path)
@@ -177,9 +184,9 @@ class Part:
     def _take_in(self, path: Path) -> None:
         self._known.add(path.stem)
         with safe_open(path, framework="pt") as file:  # tensors that lie in the file until they are touched
-            told, numbers = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        self.about = json.loads(told["about"])
-        self.errors = _summed([self.errors, json.loads(told["errors"])])
+            told, numbers = json.loads(file.metadata()["told"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        self.about = told["about"]
+        self.errors = _summed([self.errors, told["errors"]])
         self._index(numbers, numbers["id"].long())
 
     def _index(self, numbers: dict[str, Tensor], ids: Tensor) -> None:
