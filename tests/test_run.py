@@ -296,3 +296,20 @@ def test_validation_is_of_every_image_once(tmp_path: Path) -> None:
 def test_the_session_knows_distills_own_settings() -> None:
     named = [name for name, each in inspect.signature(sh.distill).parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     assert set(OWN) == set(named) - {"out", "resume", "overwrite"}
+
+
+def test_a_keep_that_finds_itself_is_told_kept_and_taken_up_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"keep": "auto", "tolerance": 2.5, "save_every": 2, "log_every": 1}
+    whole = distil(tmp_path / "whole", **settings)
+    (told,) = whole.facts["news"]
+    assert told.startswith("step 0: keep 1 -> 0.15: that turns the teacher's pull by ")
+    assert told.replace("->", "-&gt;").replace("'", "&#39;") in (whole.folder / "report.html").read_text()
+    rows = read_table(whole.folder / "watch.csv")
+    assert {round(float(row["keep"]), 6) for row in rows} == {0.15}
+    interrupt(monkeypatch, 3)
+    with pytest.raises(sh.Interrupted):
+        distil(tmp_path / "stopped", **settings)
+    again = sh.distill(out=str(tmp_path / "stopped"), resume=True)
+    assert again.facts["news"] == whole.facts["news"]
+    assert_equal(weights(again.student), weights(whole.student))
+    assert read_table(again.folder / "watch.csv") == rows

@@ -20,6 +20,7 @@ import accelerate
 import timm
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 import stillhouse
 from stillhouse import distillers, tasks
@@ -247,7 +248,10 @@ class Session:
         """Lets the stage's distiller see the training set before anything is made of its parameters."""
         device = processes(self.recipe.timeout).device
         stage.distiller.to(device)
-        batches = eval_batches(data.train, self.transforms[1], batch=self.recipe.batch, workers=self.recipe.workers)
+        seen: Any = data.train
+        if stage.distiller.prepared_on is not None:
+            seen = Subset(seen, range(0, len(seen), -(-len(seen) // stage.distiller.prepared_on)))
+        batches = eval_batches(seen, self.transforms[1], batch=self.recipe.batch, workers=self.recipe.workers)
         with seeded(self.recipe.seed, "prepare", stage.name):
             stage.distiller.prepare(on_device((images, targets), device) for _, images, targets in batches)
 
@@ -308,7 +312,7 @@ class Session:
         """Keeps the student, trains the baseline if asked, compares, and writes the report."""
         main, kept = loop.accelerator.is_main_process, loop.kept
         self.facts["metrics"], self.facts["per_class"] = tasks.by_class(metrics)
-        self.facts["alarms"] = loop.alarms
+        self.facts["alarms"], self.facts["news"] = loop.alarms, loop.news
         if main:
             keep(kept, self.folder)
         loop.accelerator.wait_for_everyone()

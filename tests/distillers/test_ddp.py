@@ -30,8 +30,11 @@ OTHERS = ("mae", "dmae", "g2sd", "dml", "flow", "decoupled_dmd", "krr_st")
 def methods() -> dict[str, Distiller]:
     torch.manual_seed(0)
     student, teacher = {"name": "vit_tiny_patch16_224", "seed": 1}, {"name": "deit3_small_patch16_224", "seed": 2, "embed_dim": 48}
+    auto = MaskedKD(tiny(**student), tiny(**teacher), keep="auto", tolerance=0.0, budget=0.8)
+    auto.prepare([(images(8, seed=9), labels(8))])
     return {
         "soft": MaskedKD(tiny(**student), tiny(**teacher), keep=5, temperature=2.0, hint=1.0),
+        "auto": auto,
         "random": MaskedKD(tiny(**student), tiny(**teacher), keep=5, by="random", targets="hard"),
         "hints": FitNet(tiny(**student), tiny(**teacher), beta=1.0),
         "segment": ACAMKD(tiny_segmenter(1), tiny_segmenter(2, width=16)),
@@ -93,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["soft", "random", "hints", "segment", "detect", *OTHERS])
+@pytest.mark.parametrize("name", ["soft", "auto", "random", "hints", "segment", "detect", *OTHERS])
 def test_two_processes_are_one(folder: Path, name: str) -> None:
     distiller = methods()[name].train()
     whole = train(name, distiller, distiller, 0, 1)

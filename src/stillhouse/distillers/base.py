@@ -85,6 +85,8 @@ class Distiller(nn.Module):
     """What its networks take: images, graphs."""
     unlabelled: ClassVar[bool] = False
     """Whether it has a stage of its own that learns from images without labels, which may be other ones than the data's."""
+    prepared_on: ClassVar[int | None] = None
+    """How many training images `prepare` is to see, spread over the set; all of them by default."""
     teacher: Any
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
@@ -98,8 +100,9 @@ class Distiller(nn.Module):
         self.register_load_state_dict_pre_hook(_with_frozen)
 
     def prepare(self, batches: Iterable[tuple[Any, Any]]) -> None:
-        """What has to be done once before the first step: `batches` are the whole training set, as it is when it is evaluated, on the
-        distiller's device. It is done again when a run is taken up, so it must follow from them and from torch's generator alone.
+        """What has to be done once before the first step: `batches` are the training set, as it is when it is evaluated, on the distiller's
+        device; all of it, or `prepared_on` of its images. It is done again when a run is taken up, so it must follow from them and from
+        torch's generator alone.
         """
 
     def turns(self) -> list[Turn]:
@@ -123,6 +126,10 @@ class Distiller(nn.Module):
 
     def alarm(self, figures: dict[str, float]) -> str:
         """A sentence when these means of what `watch` returned say that the method does not do its work; by default none."""
+        return ""
+
+    def news(self) -> str:
+        """A sentence about what it has decided since it was last asked; by default none."""
         return ""
 
     @property

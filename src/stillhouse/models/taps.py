@@ -5,7 +5,8 @@ Taps hook the instance, never the class, keep only the last forward pass, and fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,6 +123,27 @@ class SaliencyTap:
         else:
             scores = received_attention(queries, keys, scale, prefix)
         return scores, grid_of(scores.shape[1], patch_grid(self._model))
+
+
+@contextmanager
+def looking(network: nn.Module) -> Iterator[None]:
+    """Without gradient and in eval mode, but for batch norms: they take the statistics of the batch and leave their own as they are.
+
+    So what is seen is a function of weights and images: running statistics differ between processes.
+    """
+    modes = {module: module.training for module in network.modules()}
+    norms = [module for module in modes if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats]
+    try:
+        network.eval()
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False
+        with torch.no_grad():
+            yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def has_class_token(model: nn.Module) -> bool:

@@ -55,6 +55,7 @@ def render(run_dir: Path) -> str:
         status=str(record.get("status", "unknown")),
         sentence=sentence(record, rows, val, task),
         alarms=[str(alarm) for alarm in record.get("alarms") or []],
+        news=[str(each) for each in record.get("news") or []],
         who=who(record),
         columns=[(key, name) for key, name, _ in columns if any(known(row.get(key)) for row in rows)],
         rows=[{**row, "cells": {key: (row.get(key), write(row.get(key))) for key, _, write in columns}} for row in rows],

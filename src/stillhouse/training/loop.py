@@ -124,6 +124,7 @@ class Loop:
             player.optimizer = self.accelerator.prepare_optimizer(player.optimizer)
         self.terms, self.figures = Terms(), Terms()
         self.alarms: list[str] = []
+        self.news: list[str] = []
         self.alarmed = False
         self.step = 0
 
@@ -152,6 +153,8 @@ class Loop:
             metrics = self.evaluate()
             self.write(val, tasks.by_class(metrics)[0])
             self.save()
+        if not self.step:
+            self.hear(0)
         first, elsewhere, begun = self.step, 0.0, time.perf_counter()
         self.pictures(first)
         with Interruption() as interruption, Progress(self.title, int(self.steps), self.step, main) as progress:
@@ -226,10 +229,19 @@ class Loop:
             self.figures.add(step + 1, figures)
         torch.manual_seed(seed_from(self.recipe.seed, "after", step))
         self.distiller.after_update(self.clock(step + 1))
+        self.hear(step + 1)
         if self.ema is not None:
             self.ema.update(self.products, step=step + 1)
         if self.cache is not None:
             self.cache.end_step()
+
+    def hear(self, step: int) -> None:
+        """What the method has decided is told, and kept for the report."""
+        news = self.distiller.news()
+        if news:
+            self.news.append(f"step {step}: {news}")
+            if self.accelerator.is_main_process:
+                LOG.info(self.news[-1])
 
     def learn(self, turn: str, step: int, part: tuple[Tensor, Any, Any], share: float, last: bool) -> dict[str, Tensor]:
         """The gradients of one part of the batch; processes exchange them with the last part only."""
@@ -407,7 +419,7 @@ class Loop:
             if self.ema is not None:
                 parts["ema"] = _tensors(self.ema.module.state_dict())
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-            state = {"facts": self.facts, "scaler": scaler, "alarms": self.alarms, "alarmed": self.alarmed}
+            state = {"facts": self.facts, "scaler": scaler, "alarms": self.alarms, "alarmed": self.alarmed, "news": self.news}
             state["cache"] = self.cache.counts if self.cache is not None else []
             save_checkpoint(self.folder / "checkpoints", self.step, parts, state, self.recipe.keep_checkpoints)
         self.accelerator.wait_for_everyone()
@@ -444,7 +456,8 @@ class Loop:
             raise UserError(f"{path} is of another network ({str(error).splitlines()[0]}); start anew with --out") from error
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
-        self.step, self.alarms, self.alarmed = facts["step"], facts["alarms"], facts["alarmed"]
+        self.step, self.alarms, self.alarmed, self.news = facts["step"], facts["alarms"], facts["alarmed"], facts["news"]
+        self.distiller.news()  # of its preparation, which was told when the run began
         if self.cache is not None:
             self.cache.counts = facts["cache"]
         for terms, part in ((self.terms, "log"), (self.figures, "watch")):

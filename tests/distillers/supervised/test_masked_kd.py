@@ -18,7 +18,7 @@ from stillhouse.distillers.classics.scratch import Scratch
 from stillhouse.distillers.supervised.masked_kd import MaskedKD
 from stillhouse.errors import UserError
 from stillhouse.randomness import samples
-from tests.conftest import PATCHES, images, labels, tiny, tiny_cnn, tiny_transformers
+from tests.conftest import CLASSES, PATCHES, images, labels, tiny, tiny_cnn, tiny_transformers
 
 BATCH = images(4), labels(4)
 
@@ -174,6 +174,100 @@ def test_a_compiled_teacher_is_compiled_once_for_each_keep_and_its_shapes_are_st
     assert compiled == [1, 1, 2, 2, 3, 3, 3, 3]
     nodes = [node for graph in counter.graphs for node in graph.graph.nodes]
     assert not [node for node in nodes if isinstance(node.meta.get("example_value"), torch.SymInt)], "a side that may vary"
+
+
+def finding(make_student: Any = student, **settings: Any) -> MaskedKD:
+    """MaskedKD whose keep finds itself, prepared."""
+    distiller = MaskedKD(make_student(), teacher(), keep="auto", **settings).train()
+    distiller.prepare([(images(20, seed=9), labels(20)), (images(20, seed=10), labels(20))])
+    return distiller
+
+
+def trained(distiller: Any, steps: range, of: int = 400) -> list[int]:
+    """What was kept in each of these steps of plain gradient descent."""
+    kept = []
+    for step in steps:
+        sum(distiller((images(64, seed=step), labels(64, seed=step))).values()).backward()
+        with torch.no_grad():
+            for parameter in distiller.student.parameters():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+        kept.append(distiller.kept)
+        distiller.after_update(Clock(step + 1, of, 0, 1))
+    return kept
+
+
+def test_without_tolerance_it_is_plain_distillation_and_without_limit_it_keeps_the_least() -> None:
+    strict, plain = finding(tolerance=0.0), KD(student(), teacher())
+    assert all(torch.equal(strict(BATCH)[name], plain(BATCH)[name]) for name in ("ce", "kd"))
+    assert trained(strict, range(12)) == [PATCHES] * 12
+    assert trained(finding(tolerance=float("inf")), range(2)) == [2, 2]
+
+
+@pytest.mark.parametrize("make_student", [student, lambda: tiny_cnn(1)], ids=["transformer", "convolutional"])
+@pytest.mark.parametrize("targets", ["soft", "hard"])
+def test_keep_follows_from_where_the_masked_teacher_pulls(make_student: Any, targets: Any) -> None:
+    """By closed form, on the first 32 images, from a student in eval mode whose batch norms take the images' statistics."""
+    distiller = finding(make_student, tolerance=1.2, temperature=2.0 if targets == "soft" else 1.0, targets=targets)
+    pictures = torch.cat([images(20, seed=9), images(20, seed=10)])[:32]
+    s, t, tau = copy.deepcopy(distiller.student).eval(), teacher(), distiller.temperature
+    for module in s.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
+    with torch.no_grad():
+        rows = class_rows(s, pictures) if make_student is student else s.forward_features(pictures).norm(dim=1).flatten(1)
+        p_S, pulls = (s(pictures) / tau).softmax(-1), []
+        for count in distiller.rate.counts:
+            z_T = on_kept(t, pictures, rows.topk(count, dim=1).indices)
+            p_T = (z_T / tau).softmax(-1) if targets == "soft" else F.one_hot(z_T.argmax(-1), CLASSES).float()
+            pulls.append((p_S - p_T).flatten())
+    turned = [1 - F.cosine_similarity(pull, pulls[0], dim=0).item() for pull in pulls]
+    within = [count for count, each in zip(distiller.rate.counts, turned, strict=True) if each < 1.2]
+    assert distiller.kept == min(within)
+    assert float(distiller.watch()["turned"]) == pytest.approx(turned[distiller.rate.rung], abs=1e-3)
+    assert max(turned) > 0.1
+
+
+def test_looking_leaves_the_student_as_it_was() -> None:
+    distiller = finding(lambda: tiny_cnn(1))
+    before = copy.deepcopy(distiller.student.state_dict())
+    distiller.revise(distiller.rate)
+    assert distiller.student.training
+    assert all(module.training for module in distiller.student.modules())
+    assert not distiller.teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in distiller.student.state_dict().items())
+
+
+def test_a_keep_that_finds_itself_goes_on_exactly() -> None:
+    whole, stopped, resumed = (finding(tolerance=0.0, budget=0.8) for _ in range(3))
+    whole.rate.looks = stopped.rate.looks = 20  # more than so few steps would pay for; what was not spent is spent at the end
+    kept = trained(whole, range(18), of=20)
+    trained(stopped, range(5), of=20)
+    resumed.load_state_dict(copy.deepcopy(stopped.state_dict()))
+    assert trained(resumed, range(5, 18), of=20) == kept[5:]
+    assert len(set(kept)) > 1, "it must change for this to say anything"
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_keep_that_finds_itself_says_why_and_shows_what_it_found() -> None:
+    distiller = finding(tolerance=float("inf"))
+    assert distiller.news().startswith("keep 1 -> 0.15: that turns the teacher's pull by ")
+    assert distiller.news() == ""
+    assert set(distiller.watch()) == {"keep", "turned", "student_distance"}
+    assert float(distiller.watch()["keep"]) == pytest.approx(0.15)
+    assert MaskedKD(student(), teacher()).watch() == {}
+
+
+def test_a_keep_that_finds_itself_needs_images_and_its_settings_need_it() -> None:
+    distiller = MaskedKD(student(), teacher(), keep="auto")
+    assert distiller.kept == PATCHES
+    with pytest.raises(UserError, match="call prepare"):
+        distiller.after_update(Clock(1, 10, 0, 1))
+    with pytest.raises(UserError, match=r"are for keep='auto', but keep is 0\.5"):
+        MaskedKD(student(), teacher(), keep=0.5, budget=0.5)
+    with pytest.raises(UserError, match=r"budget is 0\.01, expected"):
+        MaskedKD(student(), teacher(), keep="auto", budget=0.01)
 
 
 @pytest.mark.parametrize("keep", [6, 1.0])

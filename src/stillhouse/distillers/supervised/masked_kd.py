@@ -14,7 +14,8 @@ Sure, from paper and code: scores, choice, where tokens are dropped, both losses
 the softmax includes the class token's own column, and the terms are mixed as (1 - alpha) and alpha (the paper adds lambda KD).
 Our reading: students without a class token rank patches by the mean attention they receive, convolutional students by the norm of their
 last feature map; grids that differ are resampled; keep may follow a schedule; hint and attention transfer are taken on the kept places of
-the last layer's features, as the paper combines MaskedKD with such losses without fixing their form.
+the last layer's features, as the paper combines MaskedKD with such losses without fixing their form. keep="auto" is our own, for the
+paper leaves open how much to keep (see `stillhouse.masks.keep_rate`).
 """
 
 from __future__ import annotations
@@ -26,25 +27,24 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import mark_static
 
-from stillhouse.distillers.base import Clock, Distiller
 from stillhouse.distillers.classics.kd import check_weighting
+from stillhouse.distillers.keeping import BUDGET, TOLERANCE, Keeping
 from stillhouse.errors import UserError
 from stillhouse.losses.features import attention_transfer_loss, hint_loss
 from stillhouse.losses.logits import cross_entropy, hard_cross_entropy, kl_divergence
-from stillhouse.masks.schedules import Schedule
-from stillhouse.masks.tokens import as_mask, highest, keep_count, random_scores, resample
+from stillhouse.masks.tokens import as_mask, highest, random_scores, resample
 from stillhouse.models.outputs import logits_of
 from stillhouse.models.taps import SaliencyTap, Tap, as_tokens, feature_channels, last_layer, on_grid
-from stillhouse.models.tokens import OnSomeTokens
 
 
-class MaskedKD(Distiller):
+class MaskedKD(Keeping):
     """(1 - alpha) CE(z_S, y) + alpha KD(z_S, z_T(x_kept)).
 
     Args:
         student: a classifier, images [B, C, H, W] to logits [B, K]; its saliency is read while it runs.
         teacher: a vision transformer of the same classes that can run on some of its tokens (see `stillhouse.models.tokens`).
-        keep: the share in (0, 1] or the number of patches the teacher sees; or a schedule over training, "0:1.0,0.5:0.5".
+        keep: the share in (0, 1] or the number of patches the teacher sees; or a schedule over training, "0:1.0,0.5:0.5";
+            or "auto": it finds itself, from where the masked teacher pulls the student.
         alpha: weight of the teacher, in [0, 1]; 0 is plain training.
         temperature: tau > 0, for soft targets.
         targets: "soft", tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau)); or "hard", cross-entropy with argmax z_T.
@@ -52,6 +52,9 @@ class MaskedKD(Distiller):
             (the student's least salient patches).
         hint: weight of a FitNets hint on the kept places, 0 for none.
         attention: weight of attention transfer on the kept places, 0 for none.
+        tolerance: of keep="auto": by how much masking may turn the teacher's pull on the student (1 - cosine of the gradients by its
+            logits, on some training images); 0 keeps all patches, above 2 a seventh.
+        budget: of keep="auto": the teacher's multiply-adds, mean over the training, as a share of those on all patches, at most.
 
     Raises:
         UserError: if a setting is out of range, the teacher cannot run on some of its tokens, or the student has no saliency.
@@ -71,17 +74,14 @@ class MaskedKD(Distiller):
         by: Literal["student", "teacher", "random", "lowest"] = "student",
         hint: float = 0.0,
         attention: float = 0.0,
+        tolerance: float = TOLERANCE,
+        budget: float = BUDGET,
     ) -> None:
         check_weighting(alpha, temperature)
         _check_choices(targets, by, hint, attention)
-        some = OnSomeTokens(teacher)
-        super().__init__(student, some)
-        self.schedule = Schedule(keep)
-        for value in self.schedule.values():
-            keep_count(value, some.patches)
+        super().__init__(student, teacher, keep, tolerance, budget)
         self.alpha, self.temperature, self.targets, self.by = alpha, temperature, targets, by
         self.hint, self.attention = hint, attention
-        self.progress = 0.0
         self.saliency = None if by == "random" else SaliencyTap(teacher if by == "teacher" else student)
         if hint or attention:
             self.feature_S, self.feature_T = Tap(student, last_layer(student)), Tap(teacher, last_layer(teacher))
@@ -91,17 +91,21 @@ class MaskedKD(Distiller):
     def forward(self, batch: tuple[Tensor, Tensor], turn: str = "student") -> dict[str, Tensor]:
         """`ce`: the labels' term; `kd`: the masked teacher's; `hint` and `attention` when asked for."""
         images, labels = batch
+        self.part = len(images)
         logits_S = logits_of(self.student(images))
         keep = highest(self.scores(images), self.kept) if self.kept < self.patches else None
         if keep is not None:
             mark_static(keep, 1)  # compiled once for each number of patches, not once for any number
         logits_T = logits_of(self.teach(images, keep))
-        if self.targets == "soft":
-            kd = kl_divergence(logits_S, logits_T, self.temperature)
-        else:
-            kd = hard_cross_entropy(logits_S, logits_T)
+        kd = self.distillation(logits_S, logits_T)
         terms = {"ce": (1 - self.alpha) * cross_entropy(logits_S, labels), "kd": self.alpha * kd}
         return terms | self.feature_terms(keep)
+
+    def distillation(self, logits_S: Tensor, logits_T: Tensor) -> Tensor:
+        """KL or cross-entropy between what student and teacher say."""
+        if self.targets == "soft":
+            return kl_divergence(logits_S, logits_T, self.temperature)
+        return hard_cross_entropy(logits_S, logits_T)
 
     def scores(self, images: Tensor) -> Tensor:
         """How much each of the teacher's patches deserves to be seen: fp32 [B, N], on the teacher's grid. The student has just run."""
@@ -127,28 +131,6 @@ class MaskedKD(Distiller):
         if self.attention:
             terms["attention"] = self.attention * attention_transfer_loss(tokens_S, tokens_T)
         return terms
-
-    @property
-    def patches(self) -> int:
-        """How many patches the teacher has to see when nothing is masked."""
-        return int(self.teacher.patches)
-
-    @property
-    def kept(self) -> int:
-        """How many patches the teacher sees at this point of the training."""
-        return keep_count(self.schedule.at(self.progress), self.patches)
-
-    def after_update(self, clock: Clock) -> None:
-        """The schedule of keep follows the training's progress."""
-        self.progress = clock.progress
-
-    def get_extra_state(self) -> Tensor:
-        """The schedule's place, for checkpoints: the only state beside the weights."""
-        return torch.tensor(self.progress, dtype=torch.float64)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Takes up the schedule where a checkpoint left it."""
-        self.progress = float(state)
 
     @torch.no_grad()
     def look(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
