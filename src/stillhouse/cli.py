@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from stillhouse import __version__
@@ -92,6 +93,32 @@ def _given(name: str, function: Callable[..., Any], arguments: Sequence[str]) ->
         flags = _switches(function)
     given = parser.parse_args(_spelled_out(arguments, flags), defaults=False).as_dict()
     return {key: value for key, value in given.items() if key != "config"}
+
+
+def check_settings(settings: dict[str, Any], path: Path) -> None:
+    """Refuses settings that were read from a file, which may come from anybody, where a flag would not take their values.
+
+    Names that are no flags are left to those who know them; the settings of a user's own method are not known here.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    from stillhouse import distillers
+    from stillhouse.errors import UserError
+    from stillhouse.run import distill
+
+    method = settings.get("method", "")
+    if not isinstance(method, str):
+        raise UserError(f"{path}: method is {method}, expected a name")
+    if method not in distillers.modules():
+        return
+    parser = _parser("distill")
+    _add_distill(parser, distill, ["--method", method])
+    flags = {action.dest for action in parser._actions}
+    try:
+        parser.parse_object({name: value for name, value in settings.items() if name in flags and value is not None}, defaults=False)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _parser(name: str) -> Any:
@@ -177,8 +204,6 @@ def _spelled_out(arguments: Sequence[str], switches: set[str]) -> list[str]:
 
 def _method(arguments: Sequence[str]) -> str:
     """The method named by `--method` or in the `--config` file, whose settings become flags."""
-    from pathlib import Path
-
     from stillhouse.run import default_method
     from stillhouse.run_folder import read_settings
 
@@ -189,6 +214,8 @@ def _method(arguments: Sequence[str]) -> str:
     early.add_argument("--out")
     early.add_argument("--resume", nargs="?", const="true")
     named, _ = early.parse_known_args(list(arguments))
+    if named.config and Path(named.config).is_file():
+        read_settings(Path(named.config))  # refuses what the flags' own reader would follow
     stored = named.config or (Path(named.out) / "settings.yaml" if named.resume and named.out else None)
     if named.method is None and stored is not None and Path(stored).is_file():
         return str(read_settings(Path(stored)).get("method", default_method(None, None)))

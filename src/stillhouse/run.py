@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stillhouse.distillers import name_of
+from stillhouse.errors import UserError
 from stillhouse.interrupted import Interrupted
 from stillhouse.report import write_report
 from stillhouse.run_folder import FREE, is_main_process, open_folder, read_facts, status
@@ -40,7 +41,9 @@ class Run:
     @property
     def metrics(self) -> dict[str, float]:
         """The last evaluation: top1, top5, nll, ece; with a teacher agreement, teacher_top1 (on what it was shown), and each loss term."""
-        metrics: dict[str, float] = self.facts["metrics"]
+        metrics: dict[str, float] | None = self.facts.get("metrics")
+        if metrics is None:
+            raise UserError(f"the run in {self.folder} has not been evaluated to its end; go on with it with --resume")
         return metrics
 
     @property
@@ -117,6 +120,9 @@ def distill(
         return Run(folder)
     method = asked["method"] = method or (stored or {}).get("method") or chosen
     if stored is not None:
+        from stillhouse.cli import check_settings
+
+        check_settings(stored, folder / "settings.yaml")
         job = {**asked, **stored, **{name: value for name, value in given.items() if name in FREE or stored.get(name) is None}}
     elif teacher is None and student is None and data is None:
         from stillhouse.embedded import embedded_job

@@ -37,7 +37,9 @@ def open_folder(out: str | None, method: str, given: dict[str, Any], resume: boo
     folder = Path(out) if out else _next_free(method)
     holds = folder.exists() and not (folder.is_dir() and all(path.name in (LOCK, ".settings.yaml") for path in folder.iterdir()))
     if resume and (holds or not {"student", "data"} <= given.keys()):
-        return folder, _stored(folder, out, given)
+        stored = _stored(folder, out, given)
+        refuse_links(folder)
+        return folder, stored
     if folder.is_file():
         raise UserError(f"{folder} is a file, expected a folder for the run; choose another with --out")
     if holds and is_main_process():
@@ -50,6 +52,19 @@ def open_folder(out: str | None, method: str, given: dict[str, Any], resume: boo
     return folder, None
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuses a run folder in which links lead out of it: what is written into it must not land elsewhere.
+
+    Raises:
+        UserError: naming the first link.
+    """
+    inside = folder.resolve()
+    for where, folders, names in os.walk(folder):
+        for path in (Path(where, name) for name in (*folders, *names)):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise UserError(f"{path} is a link out of the run folder, and the run would write there: put in its place what it leads to")
+
+
 def slug(name: str) -> str:
     """A name as part of a folder's: letters and digits, and dashes for all else."""
     return "".join(letter if letter.isalnum() else "-" for letter in name)
@@ -57,22 +72,45 @@ def slug(name: str) -> str:
 
 def status(folder: Path) -> str | None:
     """running, interrupted, failed or finished; None before anything was written."""
-    return read_facts(folder)["status"] if (folder / "run.json").is_file() else None
+    return read_facts(folder).get("status") if (folder / "run.json").is_file() else None
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML of words and numbers: neither tags nor aliases, a few lines of which unfold to more than the memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuses aliases.
+
+        Raises:
+            YAMLError: where one stands.
+        """
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*NAME), which is not followed: write the value out")
+        return super().compose_node(parent, index)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A run's settings, plain YAML: tags and classes are refused.
+    """A run's settings, plain YAML: tags, aliases and classes are refused.
 
     Raises:
         UserError: if it is not there or not a plain mapping.
     """
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = yaml.load(path.read_text("utf-8"), _Plain)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as settings: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise UserError(f"{path} holds no settings, expected lines of NAME: VALUE")
+    strange = next((name for name, value in settings.items() if not _is_plain(value)), None)
+    if strange is not None:
+        raise UserError(f"{path} has a {type(settings[strange]).__name__} as {strange}, expected a number, a word, true, false or a list")
     return settings
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):  # points of a schedule
+        return all(_is_plain(each) for item in value.items() for each in item)
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, (str, int, float, type(None)))
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -87,10 +125,41 @@ def read_facts(folder: Path) -> dict[str, Any]:
         UserError: if the folder is no run folder.
     """
     try:
-        facts: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError) as error:
+        facts = json.loads((folder / "run.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} is no run folder: its run.json cannot be read ({error})") from error
+    return checked_facts(facts, folder / "run.json")
+
+
+FACTS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("status", "method", "task", "title", "started"), str),
+    **dict.fromkeys(("versions", "hashes", "data", "models", "keep", "savings", "metrics", "per_class"), dict),
+    **dict.fromkeys(("command", "alarms", "result"), list),
+    **dict.fromkeys(("seed", "seconds"), (int, float)),
+}
+"""What kind of thing the entries of `run.json` are."""
+
+
+def checked_facts(facts: Any, path: Path) -> dict[str, Any]:
+    """The contents of a `run.json`, which may come from anybody.
+
+    Raises:
+        UserError: unless it is an object whose known entries are what they should be.
+    """
+    if not isinstance(facts, dict):
+        raise UserError(f"'{path}' holds a {type(facts).__name__} where a run's record (a JSON object) was expected.")
+    for name, value, kind in _entries(facts):
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"'{path}' is damaged: {name} is a {type(value).__name__}, which no run writes; restore it, or run again.")
     return facts
+
+
+def _entries(facts: dict[str, Any]) -> Iterator[tuple[str, Any, type | tuple[type, ...]]]:
+    """(what it is called, the entry, what kind it may be), outer ones first: inner ones are only looked for in those that are right."""
+    yield from ((name, facts.get(name), kind) for name, kind in FACTS.items())
+    yield from ((f"data: {name}", (facts.get("data") or {}).get(name), list) for name in ("classes", "skipped"))
+    yield from (("a model", model, dict) for model in (facts.get("models") or {}).values())
+    yield from (("a row of the result", row, dict) for row in facts.get("result") or [])
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -128,6 +197,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     beside = path.with_name(f".{path.name}")
     with writing(path):
+        beside.unlink(missing_ok=True)  # never through a link that somebody left there
         try:
             yield beside
             flush(beside)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -48,7 +48,9 @@ class Answers:
         path = folder / "manifest.json"
         try:
             known = json.loads(path.read_text()) if path.is_file() else None
-        except (OSError, ValueError) as error:
+            if not isinstance(known, dict | None):
+                raise ValueError(f"it holds a {type(known).__name__}")
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read ({error}); name another folder with --teacher-cache, or remove {folder}") from error
         if known is None and folder.exists() and (folder.is_file() or any(folder.iterdir())):
             raise UserError(f"{folder} holds something else than a teacher's answers; name another folder with --teacher-cache")
@@ -183,11 +185,20 @@ class Part:
 
     def _take_in(self, path: Path) -> None:
         self._known.add(path.stem)
-        with safe_open(path, framework="pt") as file:  # tensors that lie in the file until they are touched
-            told, numbers = json.loads(file.metadata()["told"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        self.about = told["about"]
-        self.errors = _summed([self.errors, told["errors"]])
-        self._index(numbers, numbers["id"].long())
+        try:
+            with safe_open(path, framework="pt") as file:  # tensors that lie in the file until they are touched
+                told, numbers = json.loads(file.metadata()["told"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            about, errors = told["about"], _summed([self.errors, told["errors"]])
+            ids = numbers["id"].long()
+            known = next(filter(None, self._shards), numbers)  # what was held before it was written left an empty place
+            kinds = [{name: (each.dtype, each.shape[1:]) for name, each in shard.items()} for shard in (numbers, known)]
+            alike = {len(each) for each in numbers.values()} == {ids.numel()} and kinds[0] == kinds[1] and isinstance(about, dict)
+            if not alike or not len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < len(self._where):
+                raise ValueError("its parts do not fit together, or it is about other images")
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError, SafetensorError) as error:
+            raise UserError(f"{path} holds no answers of a teacher ({error}): remove it") from error
+        self.about, self.errors = about, errors
+        self._index(numbers, ids)
 
     def _index(self, numbers: dict[str, Tensor], ids: Tensor) -> None:
         self._where[ids, 0] = len(self._shards)

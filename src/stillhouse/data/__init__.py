@@ -205,6 +205,8 @@ def open_data(spec: str | Data, *, seed: int = 0, bad_data: BadData = "refuse", 
     """
     if bad_data not in ("refuse", "skip"):
         raise UserError(f"bad_data is '{bad_data}', expected 'refuse' or 'skip'")
+    if not isinstance(spec, (str, Data)):
+        raise UserError(f"the data are a {type(spec).__name__}, expected a name such as {FORMS['imagefolder']}, or a Data")
     if task is not None and task not in _WRONG:
         raise UserError(f"there is no task '{task}'{nearest(task, _WRONG)}; expected {', '.join(_WRONG)}")
     data = spec if isinstance(spec, Data) else _open(spec, seed, bad_data, task)

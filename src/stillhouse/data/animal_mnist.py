@@ -15,7 +15,6 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
-import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -149,7 +148,7 @@ def read_array(path: Path) -> NDArray[Any]:
     """
     try:
         array = ArrayUnpickler(io.BytesIO(gzip.decompress(path.read_bytes()))).load()
-    except (OSError, EOFError, ValueError, TypeError, zlib.error, pickle.UnpicklingError) as error:
+    except Exception as error:  # an unpickler raises whatever odd bytes make it stumble over
         raise UserError(f"'{path}' is damaged ({error}): install it again") from error
     if not isinstance(array, np.ndarray):
         raise UserError(f"'{path}' holds a {type(array).__name__}, expected an array: install it again")

@@ -26,6 +26,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 CLASSES = ["T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 MEAN, STD = 0.2860, 0.3530
+LARGEST = 16 + 60_000 * 28 * 28
 IMAGES, LABELS = 2051, 2049  # the magic numbers of idx files with three and one dimensions of bytes
 
 
@@ -88,7 +89,10 @@ def _read_idx(folder: Path, name: str) -> Tensor:
     path = _file(folder, name)
     assert path is not None  # _folder has looked
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError("it is larger than the largest of the four files")
         magic = struct.unpack_from(">i", content)[0]
         if magic != (IMAGES if "images" in name else LABELS):
             raise ValueError("it is no idx file of this kind")

@@ -8,6 +8,7 @@ A folder that `save_to_disk` wrote, a folder of images or parquet files, or a na
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from stillhouse.data.splits import split
 from stillhouse.errors import UserError, nearest
 
 VAL = ("validation", "val", "valid", "test")
+PACKED = re.compile(r"\.(zip|tar|tgz|gz|bz2|xz|lzma|zst|lz4|7z|rar|eval)$")
 LABELS = ("label", "labels", "class", "target", "category")
 
 
@@ -96,6 +98,9 @@ def _load(path: str, config: str | None) -> dict[str, Any]:
         raise UserError("hf: names no data set, expected hf:DIR_OR_NAME")
     if not folder.is_dir() and (folder.is_absolute() or path.startswith((".", "~"))):
         raise UserError(f"there is no folder '{path}', expected hf:DIR or hf:NAME of a data set on the hub")
+    packed = next((file for file in folder.rglob("*") if PACKED.search(file.name.lower())), None) if folder.is_dir() else None
+    if packed is not None:
+        raise UserError(f"'{packed}' is an archive, and what it unpacks to has no bound: unpack it yourself and name that folder")
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = datasets.load_from_disk(str(folder))

@@ -28,6 +28,7 @@ from stillhouse.models.families import (
     _quick_without_network,
     _refuse_options,
     _told,
+    config_of,
     quiet_transformers,
     refuse_head,
     refuse_unknown,
@@ -378,8 +379,7 @@ def _config(spec: Spec, pretrained: bool) -> tuple[Any, bool]:
         )
     backbone = spec.options.get("backbone")
     _refuse_options(Spec(spec.family, spec.name, {key: value for key, value in spec.options.items() if key not in _OURS}))
-    with _told(spec, spec.options), _quick_without_network():
-        plain = AutoConfig.for_model(spec.name) if bare else AutoConfig.from_pretrained(spec.name, trust_remote_code=False)
+    plain = AutoConfig.for_model(spec.name) if bare else config_of(spec)
     if plain.model_type not in KINDS:
         raise UserError(f"'{spec}' is a '{plain.model_type}', expected a detector of a kind among {', '.join(KINDS)}")
     known = set(plain.to_dict()) | {"num_labels"} | set(_OURS)
@@ -387,9 +387,9 @@ def _config(spec: Spec, pretrained: bool) -> tuple[Any, bool]:
     options = {key: value for key, value in spec.options.items() if key not in ("size", "longest", "backbone")}
     if not bare and backbone is not None:
         raise UserError(f"'{spec}' comes with its own backbone, leave the option backbone out")
+    if not bare:
+        return config_of(spec, **options), True
     with _told(spec, spec.options), _quick_without_network():
-        if not bare:
-            return AutoConfig.from_pretrained(spec.name, trust_remote_code=False, **options), True
         return AutoConfig.for_model(spec.name, **_bare_options(spec, plain, options, pretrained)), False
 
 

@@ -29,6 +29,7 @@ _REFUSED = re.compile(
     r"|.*_layer|.*_fn|.*_cls|block|weights.*|progress|auto_map|name_or_path|architectures|torch_dtype|trust_remote_code"
     r"|backbone.*|.*_backbone|id2label|label2id|quantization_config|model_type|transformers_version"
 )
+_CODE = ("attn_implementation", "experts_implementation", "kernel_config", "use_kernels")
 NOBODYS = 997
 """A number of classes by which the heads are found of a network that is to have none."""
 _NETWORK_MODULES = ("huggingface_hub", "httpx", "httpx2", "requests", "urllib3", "urllib")
@@ -153,12 +154,15 @@ def _line(error: Exception) -> str:
 
 
 @contextmanager
-def _quick_without_network() -> Iterator[None]:
-    """Where the hub's name does not resolve, its client answers from its cache at once instead of trying again for a minute."""
+def _quick_without_network(local: bool = False) -> Iterator[None]:
+    """Where the hub's name does not resolve, its client answers from its cache at once instead of trying again for a minute.
+
+    For what is in a local folder nobody is asked at all.
+    """
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _reachable(urlsplit(constants.ENDPOINT).hostname)
+    constants.HF_HUB_OFFLINE = before or local or not _reachable(urlsplit(constants.ENDPOINT).hostname)
     try:
         yield
     finally:
@@ -279,9 +283,11 @@ def _transformers(
     _fit_config(spec, config, fit, pretrained)
     kinds = CLASSIFIERS[type(config)]
     network: Any = kinds[0] if isinstance(kinds, (tuple, list)) else kinds
-    with _told(spec, spec.options), _quick_without_network(), quiet_transformers():
-        if not pretrained and file is None:
+    if not pretrained and file is None:
+        with _told(spec, spec.options), quiet_transformers():
             return _without_head(network(config)), dict(spec.options)
+    local = (file is not None and not published) or Path(spec.name).is_dir()
+    with _told(spec, spec.options), _quick_without_network(local), quiet_transformers():
         # Its own loader, for a file too, because it knows the names that earlier versions gave to the keys.
         model, info = network.from_pretrained(
             None if file is not None else spec.name,
@@ -346,16 +352,44 @@ def _transformers_config(spec: Spec) -> tuple[Any, bool]:
         raise UserError(
             f"transformers has no kind of network '{spec.name}'{nearest(spec.name, CLASSIFIERS) or ', and there is no such folder'}"
         )
-    with _told(spec, spec.options), _quick_without_network():
-        plain = AutoConfig.for_model(spec.name) if bare else AutoConfig.from_pretrained(spec.name, trust_remote_code=False)
+    plain = AutoConfig.for_model(spec.name) if bare else config_of(spec)
     if plain.model_type not in CLASSIFIERS:
         raise UserError(f"transformers' '{plain.model_type}' does not classify images, expected for example vit, deit, dinov2 or resnet")
     known = set(plain.to_dict()) | {"num_labels"}
     refuse_unknown(spec, known)
-    with _told(spec, spec.options), _quick_without_network():
-        if bare:
-            return AutoConfig.for_model(spec.name, **spec.options), False
-        return AutoConfig.from_pretrained(spec.name, trust_remote_code=False, **spec.options), True
+    if not bare:
+        return config_of(spec, **spec.options), True
+    with _told(spec, spec.options):
+        return AutoConfig.for_model(spec.name, **spec.options), False
+
+
+def config_of(spec: Spec, **options: Any) -> Any:
+    """The configuration of one of transformers' networks in a folder or on the hub. Nothing that it names is run or loaded.
+
+    Raises:
+        UserError: if it cannot be had, or asks for code of its own or for kernels from the hub, which are code as well.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+    with _told(spec, options), _quick_without_network(Path(spec.name).is_dir()):
+        told, _ = PretrainedConfig.get_config_dict(spec.name)
+        foreign = _foreign(told) or ("auto_map" if "auto_map" in told and told.get("model_type") not in CONFIG_MAPPING else "")
+        if foreign:
+            raise UserError(
+                f"refused: the configuration of '{spec.name}' asks for code that is not transformers' own ({foreign}); "
+                "if you trust it, open it in Python with trust_remote_code=True and pass the object"
+            )
+        return AutoConfig.from_pretrained(spec.name, trust_remote_code=False, **options)
+
+
+def _foreign(told: Any) -> str:
+    """The first entry, at any depth, by which a configuration would fetch kernels: an attention named as a repository."""
+    if isinstance(told, (list, tuple)):
+        return next(filter(None, map(_foreign, told)), "")
+    if not isinstance(told, dict):
+        return ""
+    named = (key for key, value in told.items() if key.strip("_").startswith(_CODE) and ("/" in str(value) or value is True))
+    return next(named, "") or _foreign(list(told.values()))
 
 
 def _account(spec: Spec, info: dict[str, Any], fit: Fit, allow_partial: bool) -> None:

@@ -216,7 +216,9 @@ def read_saved(folder: str | Path) -> Saved:
     try:
         config = json.loads((found / "config.json").read_text())
         return _read_config(found, config)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"'{found / 'config.json'}' is damaged ({type(error).__name__}: {error}), save the network again") from error
 
 
@@ -227,6 +229,8 @@ def _read_config(folder: Path, config: dict[str, Any]) -> Saved:
             key: value for key, value in config["pretrained_cfg"].items() if key not in ("file", "url", "hf_hub_id", "source", "state_dict")
         }
         spec = Spec("timm", config["architecture"], config.get("model_args", {}))
+        if not isinstance(spec.name, str) or not isinstance(spec.options, dict):
+            raise TypeError("its architecture is no name, or model_args no object")
         channels = spec.options.get("in_chans", cfg["input_size"][0])
         task: Task = "classify" if config["num_classes"] else "encode"
         return Saved(spec, config["num_classes"], int(channels), None, file, cfg, task)  # type: ignore[call-overload]

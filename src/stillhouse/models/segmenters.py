@@ -23,6 +23,7 @@ from stillhouse.models.families import (
     _quick_without_network,
     _refuse_options,
     _told,
+    config_of,
     quiet_transformers,
     refuse_unknown,
 )
@@ -161,13 +162,12 @@ def _deeplab_head(width: int, channels: int, classes: int, stride: int) -> nn.Se
 def _transformers(spec: Spec, fit: Fit, file: dict[str, Any] | None, pretrained: bool, allow_partial: bool) -> nn.Module:
     try:
         from transformers import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING as SEGMENTERS
-        from transformers import AutoConfig
     except ImportError:
         raise UserError(f"'{spec}' needs transformers: pip install 'stillhouse[transformers]'") from None
     if file is None:
         return _made(spec, fit, pretrained)
     with _told(spec, spec.options), quiet_transformers():
-        config = AutoConfig.from_pretrained(spec.name, trust_remote_code=False)
+        config = config_of(spec)
         config.num_labels = fit.classes
         network: Any = SEGMENTERS[type(config)]
         model, info = network.from_pretrained(

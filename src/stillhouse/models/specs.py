@@ -33,6 +33,8 @@ def parse_spec(text: str) -> Spec:
     Raises:
         UserError: if there is no name, or the options cannot be read.
     """
+    if not isinstance(text, str):
+        raise UserError(f"a model is named by a {type(text).__name__}, expected words such as timm/vit_tiny_patch16_224")
     family, slash, rest = text.strip().partition("/")
     if family not in FAMILIES or not slash:
         return _run_folder(text.strip())

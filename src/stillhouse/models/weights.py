@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
+import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -44,13 +46,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path, device="cpu")
-    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise UserError(f"the weights file '{path}' is damaged ({error}), make or download it again") from error
 
 
 def _read_torch(path: Path) -> object:
+    if zipfile.is_zipfile(path) and _unpacked(path) > path.stat().st_size:
+        raise UserError(f"refused: the file '{path}' unpacks to more than it holds, which torch never writes; save the weights again")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say of it is said below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "unsupported" not in str(error).lower():
             raise UserError(f"the weights file '{path}' is damaged, make or download it again") from error
@@ -58,10 +64,19 @@ def _read_torch(path: Path) -> object:
             f"refused: the file '{path}' wants to run code or holds more than tensors, save only its state dict "
             "(safetensors.torch.save_file, or torch.save(model.state_dict(), …)) where you trust it"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AssertionError, AttributeError, TypeError) as error:
+    except Exception as error:  # an unpickler raises whatever odd bytes make it stumble over
         raise UserError(
             f"the weights file '{path}' is damaged ({str(error).splitlines()[0] if str(error) else 'it ends too early'})"
         ) from error
+
+
+def _unpacked(path: Path) -> int:
+    """The bytes that a zip file says it holds; torch stores its tensors as they are."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return sum(entry.file_size for entry in file.infolist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return 0  # torch will say what is wrong with it
 
 
 def _unwrap(content: object, path: Path) -> dict[str, Tensor]:

@@ -28,6 +28,10 @@ DIFFERENCE_RAMP = ((20, 22, 26), (43, 100, 168), (232, 241, 250))
 Values = NDArray[np.floating[Any]]
 
 
+BYTES, NUMBERS, FLOATS = ("U8",), ("I64", "I32", "U8"), ("F64", "F32", "F16", "U8", "BOOL")
+"""What pictures, labels and maps may be stored as."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What was stored at one step.
@@ -53,8 +57,7 @@ def read_snapshots(run_dir: Path) -> tuple[list[Snapshot], list[str]]:
         try:
             step = int(path.stem.removeprefix("step-"))
             with safe_open(path, framework="numpy") as file:
-                if "images" not in file.keys():  # noqa: SIM118 (safe_open is no dict)
-                    raise ValueError("it holds no images")
+                _check_shapes({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118 (safe_open is no dict)
             found[step] = path
         except (ValueError, OSError, SafetensorError) as error:
             notes.append(f"pictures/{path.name} was left out: {error}")
@@ -63,6 +66,23 @@ def read_snapshots(run_dir: Path) -> tuple[list[Snapshot], list[str]]:
         return [], notes
     middle = min(steps, key=lambda step: abs(step - (steps[0] + steps[-1]) / 2))
     return [_read(found[step], step) for step in sorted({steps[0], middle, steps[-1]})], notes
+
+
+def _check_shapes(tensors: dict[str, Any]) -> None:
+    """Refuses pictures that are none of what a `Snapshot` holds: a run folder may come from anybody.
+
+    Raises:
+        ValueError: naming the first one.
+    """
+    if "images" not in tensors:
+        raise ValueError("it holds no images")
+    count = tensors["images"].get_shape()[:1]
+    for name, tensor in tensors.items():
+        shape, kind = tensor.get_shape(), tensor.get_dtype()
+        dims, kinds = (4, BYTES) if name == "images" or name.startswith("drawn/") else (1, NUMBERS) if name == "labels" else (3, FLOATS)
+        three = shape[1:2] == [3] or not name.startswith("drawn/")
+        if len(shape) != dims or shape[:1] != count or 0 in shape or kind not in kinds or not three:
+            raise ValueError(f"its '{name}' is {kind} {shape}, which no run draws")
 
 
 def _read(path: Path, step: int) -> Snapshot:

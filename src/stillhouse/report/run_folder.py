@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import UserError
+from stillhouse.run_folder import checked_facts
 
 Columns = dict[str, list[float]]
 
@@ -22,11 +23,9 @@ def read_record(run_dir: str | Path) -> dict[str, Any]:
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' cannot be read as JSON ({error}); restore it, or run the distillation again.") from None
-    if not isinstance(record, dict):
-        raise UserError(f"'{path}' holds a {type(record).__name__} where a run's record (a JSON object) was expected.")
-    return record
+    return checked_facts(record, path)
 
 
 def task_of(record: dict[str, Any]) -> str:
@@ -75,7 +74,8 @@ def results(record: dict[str, Any], val: Columns, baseline_val: Columns, headlin
             {"row": "student, labels only", **(models.get("student") or {}), headline: last(baseline_val, headline)},
         ]
         rows = [row for row in rows if row.get(headline) is not None or ("params" in row and "labels only" not in row["row"])]
-    return [{**row, "role": role_of(str(row.get("row", "")))} for row in rows]
+    named = [row | {"row": str(row.get("row") or "")} for row in rows]
+    return [{**row, "role": role_of(row["row"])} for row in named]
 
 
 def row_of(rows: list[dict[str, Any]], role: str) -> dict[str, Any]:

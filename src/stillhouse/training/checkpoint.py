@@ -90,7 +90,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         files, facts["step"] = dict(facts["files"]), int(facts["step"])
         damaged += [name for name, digest in files.items() if _sha256(path / Path(name).name) != digest]
         parts = {Path(name).stem: load_file(path / Path(name).name) for name in files if not damaged}
-    except (OSError, AttributeError, LookupError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, SafetensorError) as error:
         raise UserError(f"{path} is not a whole checkpoint ({error})") from error
     if damaged:
         raise UserError(f"{path / damaged[0]} is damaged: its contents are not what was written")

@@ -36,7 +36,10 @@ class Table:
         self.columns: list[str] = []
         if not writable:
             return
-        rows = [row for row in read_table(path) if int(row["step"]) <= last_step]
+        try:
+            rows = [row for row in read_table(path) if int(row["step"]) <= last_step]
+        except (LookupError, TypeError, ValueError, OSError, csv.Error) as error:
+            raise UserError(f"{path} cannot be read as a table of steps ({error}); restore it, or start another run") from error
         if rows:
             self.columns = list(rows[0])
             self._write(rows)
