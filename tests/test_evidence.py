@@ -11,7 +11,7 @@ import pytest
 from stillhouse import distillers
 from stillhouse.evidence import acam_kd
 from stillhouse.evidence.experiment import Arm, Experiment, Search, Study
-from stillhouse.evidence.table import write_evidence
+from stillhouse.evidence.table import spread, write_evidence
 from tests.runs import dense_data
 from tests.test_dense_run import SPECS
 
@@ -56,6 +56,19 @@ def test_the_table_tells_all_arms(study: Study, tmp_path: Path) -> None:
     assert "mIoU, %" in text
     assert (tmp_path / "tiny-tiny.svg").read_text().startswith("<svg")
     assert "tiny-tiny.svg" in text
+
+
+def test_what_is_retained_of_the_teachers_figure_is_told_where_asked(study: Study, tmp_path: Path) -> None:
+    title = "| of the teacher's, % |"
+    assert title not in write_evidence(tmp_path / "tiny.md", "tiny", "A claim.", [study]).read_text()
+    asked = replace(study, experiment=replace(study.experiment, retained=True))
+    text = write_evidence(tmp_path / "tiny.md", "tiny", "A claim.", [asked]).read_text()
+    assert title in text
+    teacher = study.experiment.headline(study.teacher)
+    for arm in ARMS:
+        shares = [100 * study.experiment.headline(run) / teacher for run in study.runs[arm.name]]
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {arm.name} |")]
+        assert row.split(" | ")[3] == spread(shares)
 
 
 def test_finished_runs_are_not_run_again(study: Study) -> None:

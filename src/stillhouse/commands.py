@@ -261,13 +261,13 @@ def compare(runs: list[str]) -> list[dict[str, Any]]:
     return read(list(runs))
 
 
-def reproduce(name: str, *, out: str = "runs/reproduce", seeds: int = 3, smoke: bool = False) -> Path:
+def reproduce(name: str, *, out: str = "runs/reproduce", seeds: int | None = None, smoke: bool = False) -> Path:
     """Runs a method's evidence: method, baselines and ablation on the same data, budget and paired seeds. Goes on where it was stopped.
 
     Args:
         name: a method that has evidence.
         out: folder for the runs and the table.
-        seeds: how many paired seeds.
+        seeds: how many paired seeds; by default as many as the evidence asks for, 3 or more.
         smoke: everything, tiny.
 
     Returns:

@@ -5,27 +5,33 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from stillhouse.data.condensed import Condensed
 from stillhouse.distillers.base import Clock
 from stillhouse.distillers.condensation.krr_st import KRRST
 from stillhouse.evidence import krr_st
 from stillhouse.evidence.krr_st import (
     EXPERIMENTS,
+    LABELLED,
     NETWORKS,
+    UNTRAINED,
     WAYS,
     Chosen,
     Condensation,
     ConvNet,
+    Judge,
     KMeansChosen,
     NeverAnew,
     ShiftedInside,
     TargetsStay,
 )
+from stillhouse.models.imitator import Imitator
 from tests.conftest import images, labels
 
 CLOCK = Clock(step=1, steps=10, epoch=0, epochs=1)
@@ -108,13 +114,32 @@ def test_the_experiment_tells_every_way_and_is_not_run_again(tiny: Condensation,
     monkeypatch.setattr(krr_st, "STEPS", 2)
     found = tiny.run(tmp_path, range(2), smoke=False)
     text = "\n".join(found.table())
-    for name in (*NETWORKS, "KRR-ST", "fresh networks, untrained", WAYS[0].name):
+    for name in (*NETWORKS, "KRR-ST", UNTRAINED, LABELLED, WAYS[0].name):
         assert name in text
     assert "seeds 0, 1" in text
     assert "on 5 labels a class of `digits`, classes that neither" in text
     assert text.count("| fine-tuned on other classes, % |") == len(NETWORKS)
     assert all(0 < row[f"{name}/tuned"] < 1 for rows in found.rows.values() for row in rows for name in NETWORKS)
-    assert [len(rows) for rows in found.rows.values()] == [2, 2, 2]
+    assert [len(rows) for rows in found.rows.values()] == [2, 2, 2, 2]
+    assert f"| {LABELLED} |  |  |  | " in text, "classes explain no features"
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     assert tiny.run(tmp_path, range(2), smoke=False).rows == found.rows
     assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+
+
+def test_labelled_images_are_those_that_were_chosen_each_with_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Judge("digits:train=64", Mock(student=nn.Identity()), EXPERIMENTS[0].learning)
+    pictures, labels = judge.images["train"]
+    data = Condensed(pictures[[5, 9, 2]] * 0.3 + 0.5, torch.zeros(3, 7), (0.5,), (0.3,))
+    learnt: list[Any] = []
+
+    def imitate(network: nn.Module, images: Tensor, targets: Tensor, **learning: Any) -> Imitator:
+        learnt.append((images, targets))
+        return Imitator(network, targets.shape[1], images).eval()
+
+    monkeypatch.setattr(krr_st, "imitate", imitate)
+    figures = judge.of_labelled(data, "ViT", seed=0)
+    assert set(figures) == {"probe", "knn"}, "features are not asked for"
+    ((images, targets),) = learnt
+    torch.testing.assert_close(images, pictures[[5, 9, 2]])
+    assert torch.equal(targets, nn.functional.one_hot(labels[[5, 9, 2]], 10).float())

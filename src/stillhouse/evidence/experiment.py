@@ -86,6 +86,7 @@ class Experiment:
         drawn: the arms whose masks are drawn over the training.
         prepared: runs that are made once, in their order, before the teacher's. Any setting that begins with @NAME means the folder of the
             one of that name: "@mae", "@mae/autoencoder"; @teacher is the teacher's.
+        retained: whether the table also gives each figure as a share of the teacher's.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Experiment:
     searched: Experiment | None = None
     drawn: Sequence[str] = ()
     prepared: Sequence[Arm] = ()
+    retained: bool = False
 
     def run(self, out: Path, seeds: Sequence[int], smoke: bool) -> Study:
         """All runs of all arms, seed by seed, so that an interrupted experiment has whole seeds."""

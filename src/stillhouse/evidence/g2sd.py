@@ -76,6 +76,7 @@ EXPERIMENTS = (
         teacher_data=LABELLED,
         student=DEIT,
         teacher="@mae",
+        retained=True,
         recipe={"epochs": 30, "batch": 64, "lr": 1e-3, "warmup_epochs": 1, "eval_every": 30, **QUIET},
         teacher_recipe={"epochs": 20, "eval_every": 20},
         prepared=(

@@ -50,7 +50,7 @@ SHOWED = (
     "and than from k-means images, for a ViT within noise; on silhouettes of animals ConvNets do better than from random images but hardly "
     "than from k-means images, a ViT no better than from random ones; on both a linear layer on random networks explains more; targets "
     "that stay and a network that never begins anew are worse, on silhouettes by little; not shown: that shifts in the inner training "
-    "harm, that a reader of the features gains, nor fine-tuning on other animals, where untrained networks do as well"
+    "harm, that a reader of the features gains, nor fine-tuning on other animals, where untrained ones do as well; not run in full: classes"
 )
 
 
@@ -145,6 +145,8 @@ WAYS = (
     Way("one network, never anew", NeverAnew, {"pool": 1}),
     Way("shifts in the inner training", ShiftedInside),
 )
+UNTRAINED, LABELLED = "fresh networks, untrained", "random images, their classes"
+"""Rows beside those of `WAYS`: nothing is learnt, and the baseline that knows labels."""
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "the pool's ConvNet": lambda channels, size: ConvNet(channels, (16, 32)),
     "ConvNet of another width": lambda channels, size: ConvNet(channels, (48,)),
@@ -191,9 +193,9 @@ class Condensation:
         recipe = self.teacher_recipe | ({"smoke": True} if smoke else {})
         teacher = finished("barlow_twins", folder / "teacher", student=self.teacher, data=self.data, **recipe)
         judge = Judge(self.data, teacher, self.learning | ({"epochs": 2} if smoke else {}), self.others)
-        rows: dict[str, list[dict[str, float]]] = {"fresh networks, untrained": [], **{way.name: [] for way in self.ways}}
+        rows: dict[str, list[dict[str, float]]] = {name: [] for name in (UNTRAINED, *(way.name for way in self.ways), LABELLED)}
         for seed in seeds:
-            rows["fresh networks, untrained"].append(judge.untrained(seed))
+            rows[UNTRAINED].append(judge.untrained(seed))
             for way in self.ways:
                 place = folder / f"{slug(way.name.lower())}-{seed}"
                 settings = {**self.recipe, **way.settings, **tiny, "seed": seed, "allow_weak_teacher": True}
@@ -201,6 +203,8 @@ class Condensation:
                 run = finished(way.method, place, **networks, data=self.data, **settings)
                 rows[way.name].append(judge.measured(run, seed))
                 LOG.info("%s: %s", place.name, rows[way.name][-1])
+                if way.method is Chosen:
+                    rows[LABELLED].append(judge.measured(run, seed, labelled=True))
         return Found(self, teacher, seeds, rows)
 
 
@@ -234,12 +238,12 @@ class Judge:
         answers: Tensor = self.teacher(self.images["val"][0])
         return answers
 
-    def measured(self, run: Run, seed: int) -> dict[str, float]:
-        """The figures of a run's pairs, kept beside them."""
-        kept = run.folder / "measured.json"
+    def measured(self, run: Run, seed: int, labelled: bool = False) -> dict[str, float]:
+        """The figures of a run's pairs, or of its images with classes for targets, kept beside them."""
+        kept, of = run.folder / ("labelled.json" if labelled else "measured.json"), self.of_labelled if labelled else self.of
         if not kept.is_file():
             data = read_condensed(run.folder / "data")
-            kept.write_text(json.dumps({f"{name}/{key}": v for name in NETWORKS for key, v in self.of(data, name, seed).items()}, indent=1))
+            kept.write_text(json.dumps({f"{name}/{key}": v for name in NETWORKS for key, v in of(data, name, seed).items()}, indent=1))
         figures: dict[str, float] = json.loads(kept.read_text())
         return figures
 
@@ -257,6 +261,14 @@ class Judge:
                 asked = torch.cat([fresh.embed(some) for some in self.images["val"][0].split(256)])
                 heads.append(self.explained(ridge_prediction(fresh.embed(images), targets, asked).float()))
         return {"r2": r2, "ridge_r2": statistics.mean(heads), **self.read(learnt), **self.tuned(learnt, seed)}
+
+    def of_labelled(self, data: Condensed, name: str, seed: int) -> dict[str, float]:
+        """`of` what learnt the class of each image, one of K, by the same squared error; images are training images or near to them."""
+        images, (known, labels) = data.fed().detach(), self.images["train"]
+        classes = labels[torch.cdist(images.flatten(1), known.flatten(1)).argmin(1)]
+        with seeded(seed, "krr_st", name):
+            learnt = imitate(self.network(name), images, F.one_hot(classes, len(self.data.classes)).float(), **self.learning)
+        return {**self.read(learnt), **self.tuned(learnt, seed)}
 
     def untrained(self, seed: int) -> dict[str, float]:
         """What fresh networks are worth as they are."""

@@ -39,7 +39,7 @@ def _study(study: Study) -> list[str]:
     task = tasks.find(experiment.task)
     extra = _extra(study)
     title = task.titles[task.headline]
-    columns = ("arm", f"{title}, %", f"minus {first}, paired", *extra[0])
+    columns = ("arm", f"{title}, %", f"minus {first}, paired", *(["of the teacher's, %"] if experiment.retained else []), *extra[0])
     rows = [_row(study, arm, extra[1](arm)) for arm in experiment.arms]
     recipe = {key: value for key, value in experiment.recipe.items() if key not in ("eval_every", "save_every")}
     shared = ", ".join(f"{key} {value}" for key, value in recipe.items())
@@ -68,9 +68,10 @@ def _how_searched(experiment: Experiment) -> str:
 
 def _row(study: Study, arm: Arm, extra: list[str]) -> str:
     values, first = _headlines(study, arm.name), study.experiment.arms[0].name
-    reference = _headlines(study, first)
+    reference, teacher = _headlines(study, first), 100 * study.experiment.headline(study.teacher)
     difference = spread([a - b for a, b in zip(values, reference, strict=True)], sign=True) if arm.name != first else ""
-    return f"| {' | '.join([arm.name, spread(values), difference, *extra])} |"
+    retained = [spread([100 * value / teacher for value in values])] if study.experiment.retained else []
+    return f"| {' | '.join([arm.name, spread(values), difference, *retained, *extra])} |"
 
 
 SECOND = ("map_50", "accuracy")

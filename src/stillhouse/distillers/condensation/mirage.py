@@ -111,8 +111,7 @@ class Mirage(Distiller):
         """The forests of these graphs and classes."""
         classes: dict[int, Transactions] = {label: [] for label in range(getattr(self.student, "classes", 0))}
         for graph, label in samples:
-            trees = tree_labels(graph, self.hops, self.edges)
-            classes.setdefault(label, []).append(frozenset(tree for tree in trees if not is_bare(tree)))
+            classes.setdefault(label, []).append(frozenset(tree for tree in self.trees(graph) if not is_bare(tree)))
         found = self.affordable(classes) if self.budget else self.mined(classes, self.theta)
         for label in (label for label, itemsets in found.items() if not itemsets):
             number, remedy = len(classes[label]), "a larger budget" if self.budget else "a smaller theta"
@@ -121,6 +120,10 @@ class Mirage(Distiller):
                 raise UserError(f"class number {label} has {what} to be mined; give every class graphs with edges, or leave it out")
             raise UserError(f"class number {label} is left without a tree that enough of its {number} graphs share: {remedy}")
         return assembled(found, {"hops": self.hops, "graphs": len(samples)})
+
+    def trees(self, graph: Any) -> list[str]:
+        """The computation tree of each node."""
+        return tree_labels(graph, self.hops, self.edges)
 
     def mined(self, classes: dict[int, Transactions], theta: float) -> dict[int, Itemsets]:
         """The itemsets of each class with at least `theta`, a share or a number."""
