@@ -39,8 +39,8 @@ EXPERIMENTS = (
         name="fashion_mnist",
         title="Fashion-MNIST, 28 x 28, 49 patches; all students but one are pre-trained on 5,000 images without their labels, 10 epochs, "
         "and all are fine-tuned on 500 labelled ones; nothing is said of more, such as 1,000. The teacher is pre-trained on the 5,000 "
-        "images for 20 epochs; the figure given for it is after 20 epochs of fine-tuning, which the students' teacher has not seen. It runs 4 of "
-        "its 6 blocks, on 13 of 50 tokens (at 95 % on 3)",
+        "images for 20 epochs; the figure given for it is after 20 epochs of fine-tuning, which the students' teacher has not seen. It "
+        "runs 4 of its 6 blocks, on 13 of 50 tokens (at 95 % on 3)",
         data="fashion-mnist:train=500,val=2500",
         teacher_data="fashion-mnist:train=500,val=2500",
         student=f"{VIT},embed_dim=32,depth=4,num_heads=2",
