@@ -272,3 +272,23 @@ def test_images_and_graphs_are_told_apart_before_anything_is_done(method: str, j
     with pytest.raises(UserError, match=said):
         distill(method, out=str(tmp_path / "run"), **job)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_stopped_while_its_forests_are_examined_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job: dict[str, Any] = {"student": "pyg/gin:hidden=8,layers=2", "data": "motifs:train=64", "batch": 16, "steps": 5, "trackers": "none"}
+    whole = distill("mirage", out=str(tmp_path / "whole"), **job)
+    module = sys.modules[Mirage.__module__]
+
+    def stopped(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "trained", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            distill("mirage", out=str(tmp_path / "stopped"), **job)
+    assert json.loads((tmp_path / "stopped/run.json").read_text())["status"] == "interrupted"
+    again = distill(out=str(tmp_path / "stopped"), resume=True)
+    assert again.facts["status"] == "finished"
+    assert again.metrics == whole.metrics
+    kept = "data/data.safetensors"
+    assert (again.folder / kept).read_bytes() == (whole.folder / kept).read_bytes()
