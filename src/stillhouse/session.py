@@ -285,7 +285,7 @@ class Session:
             "status": "running",
             "method": self.method,
             "task": self.data.task,
-            "title": type(stage.distiller).__name__,
+            "title": self.distiller.__name__,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "seed": self.recipe.seed,
             "versions": versions(),

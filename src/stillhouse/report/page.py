@@ -252,5 +252,5 @@ def facts(record: Record) -> list[tuple[str, str]]:
     if known(train) and known(val):
         found.append(("data", f"{data.get('name', '')}: {train:,} to train, {val:,} to validate"))
     found += [(str(name), str(version)) for name, version in (record.get("versions") or {}).items()]
-    found += [(f"{name}, SHA-256", str(value)) for name, value in (record.get("hashes") or {}).items()]
+    found += [(f"{name}, SHA-256", str(value)) for name, value in (record.get("hashes") or {}).items() if value]
     return [(name, value) for name, value in found if value]

@@ -30,6 +30,7 @@ from stillhouse.models.forests import Forests, read_forests
 from stillhouse.models.graphs import GraphNetwork
 from stillhouse.models.itemsets import at_most, frequent
 from stillhouse.models.trees import tree_labels
+from stillhouse.report.page import facts
 from stillhouse.tasks.classify import Classify
 
 TRANSACTIONS = st.lists(st.frozensets(st.sampled_from("abcdef")), max_size=8)
@@ -290,5 +291,6 @@ def test_a_run_stopped_while_its_forests_are_examined_is_taken_up(tmp_path: Path
     again = distill(out=str(tmp_path / "stopped"), resume=True)
     assert again.facts["status"] == "finished"
     assert again.metrics == whole.metrics
+    assert "None" not in dict(facts(again.facts)).values(), "there is no teacher to tell of"
     kept = "data/data.safetensors"
     assert (again.folder / kept).read_bytes() == (whole.folder / kept).read_bytes()

@@ -70,6 +70,7 @@ def test_dmae_learns_from_a_run_or_its_autoencoder(mae: Run, part: str, tmp_path
 def test_g2sd_goes_through_both_stages(mae: Run, fine: Run, tmp_path: Path) -> None:
     networks = {"teacher": str(mae.folder / "autoencoder"), "specific_teacher": str(fine.folder), "student": DISTILLED}
     run = sh.distill("g2sd", **networks, unlabelled="digits:train=96", out=str(tmp_path / "run"), **DECODER, **SHORT)
+    assert run.facts["title"] == "G2SD", "not its first stage"
     assert {"val_ce", "val_kd", "top1", "agreement"} <= set(run.metrics)
     generic = (run.folder / "generic" / "val.csv").read_text()
     assert "val_hidden" in generic
