@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from stillhouse import distillers, tasks
 from stillhouse.data import Data
@@ -19,6 +20,7 @@ from stillhouse.distillers.base import Distiller, is_data
 from stillhouse.errors import UserError
 from stillhouse.models.detectors import classes_of
 from stillhouse.models.outputs import logits_of
+from stillhouse.models.precision import count_parameters
 from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.randomness import seeded
 from stillhouse.training.batches import on_device
@@ -92,7 +94,7 @@ def put_back(distiller: Distiller) -> Iterator[None]:
 
 def _networks(distiller: Distiller) -> Finding:
     there = {name: getattr(distiller, name, None) for name in distillers.networks(type(distiller))}
-    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in there.items() if network is not None}
+    counts = {name: count_parameters(network) for name, network in there.items() if network is not None}
     patches = f"; the teacher sees {distiller.kept} of its {distiller.patches} patches" if hasattr(distiller, "patches") else ""
     return Finding("networks", ", ".join(f"{name} {count / 1e6:.2f} M parameters" for name, count in counts.items()) + patches)
 
@@ -173,9 +175,13 @@ def _normalisation(distiller: Distiller) -> Finding:
     return Finding("normalisation", f"the teacher's images are made anew: mean {teacher.mean}, std {teacher.std}, {teacher.size} px")
 
 
+def some_of(samples: Any, count: int) -> Subset[Any]:
+    """At most so many samples, from all over a data set."""
+    return Subset(samples, range(0, len(samples), max(1, len(samples) // count))[:count])
+
+
 def _teacher_accuracy(distiller: Distiller, data: Data, transform: Any, allow_weak_teacher: bool) -> Finding:
-    step = max(1, len(data.val) // SAMPLE)  # type: ignore[arg-type]
-    spread = torch.utils.data.Subset(data.val, range(0, len(data.val), step)[:SAMPLE])  # type: ignore[arg-type]
+    spread = some_of(data.val, SAMPLE)
     device = next(distiller.parameters()).device
     assert distiller.teacher is not None
     task: Any = tasks.find(data.task)

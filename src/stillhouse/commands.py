@@ -39,6 +39,8 @@ def check(
     task: Literal["classify", "detect", "segment", "encode", "generate", "regress"] | None = None,
     teacher_weights: str = "pretrained",
     student_weights: str = "random",
+    teacher_precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32",
+    teacher_error: float = 0.01,
     allow_weak_teacher: bool = False,
     seed: int = 0,
 ) -> list[Finding]:
@@ -52,6 +54,8 @@ def check(
         task: where the data allow several.
         teacher_weights: pretrained, or a file.
         student_weights: random, pretrained, or a file.
+        teacher_precision: as `distill` has it.
+        teacher_error: the largest KL divergence from full precision that is accepted, in nats.
         allow_weak_teacher: go on although the teacher is no better than chance.
         seed: of the student's random weights.
     """
@@ -66,6 +70,7 @@ def check(
         "data": data,
     }
     given |= {"teacher_weights": teacher_weights, "student_weights": student_weights, "allow_weak_teacher": allow_weak_teacher}
+    given |= {"teacher_precision": teacher_precision, "teacher_error": teacher_error}
     given |= {"allow_partial": False, "bad_data": "skip", "seed": seed}
     return Session(Path(), dict.fromkeys(OWN) | given).check()
 
@@ -85,6 +90,7 @@ def estimate(
     profile: bool = False,
     method: str | None = None,
     data: str | Data | None = None,
+    teacher_precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32",
 ) -> list[dict[str, Any]]:
     """Measures what a step costs here: of plain training, full distillation and MaskedKD to classify; of plain training, plain feature
     distillation and ACAM-KD to detect or segment. Weights do not matter and stay random.
@@ -106,10 +112,13 @@ def estimate(
         profile: where the time of a step goes.
         method: whose step is taken apart, with its default settings; masked_kd to classify, acam_kd to detect or segment.
         data: what its batches are made of; by default random images, which cost less to read than real ones.
+        teacher_precision: of a teacher that classifies, as `distill` has it; its error on random weights would say nothing.
     """
     from stillhouse.fitting import DENSE, task_of_network
 
     found = task or task_of_network(student)
+    if teacher_precision != "fp32" and (profile or found in DENSE):
+        raise UserError("--teacher-precision is for the steps of classifiers: leave it out with --profile, to detect and to segment")
     if profile:
         images = _images(data, found, classes, channels, size)
         named = method or default_method(found, data)
@@ -119,12 +128,14 @@ def estimate(
     from stillhouse.measure.dense import estimate_dense
     from stillhouse.measure.estimate import estimate as measure
     from stillhouse.models.opening import open_model
+    from stillhouse.models.precision import lowered
     from stillhouse.models.preprocessing import preprocessing_of
 
     dense: dict[str, Any] = {"task": found, "image_size": size or 512} if found in DENSE else {}
     networks = [open_model(spec, classes=classes, channels=channels, new_head=True, **dense) for spec in (teacher, student)]
     if dense:
         return estimate_dense(*networks, image_size=size or 512, classes=classes, batch=batch, rounds=rounds, precision=precision)
+    networks[0], _ = lowered(networks[0], teacher_precision, next(networks[0].parameters()).device)
     known = preprocessing_of(networks[1])
     size = size or (known.size if known else None) or 224
     keeps = keeps or [1.0, 0.75, 0.5, 0.25]

@@ -13,6 +13,7 @@ from stillhouse.distillers import name_of
 from stillhouse.distillers.base import is_data
 from stillhouse.measure.estimate import estimate
 from stillhouse.measure.flops import macs
+from stillhouse.models.precision import count_parameters
 from stillhouse.models.tokens import OnSomeTokens
 from stillhouse.run_folder import read_facts
 from stillhouse.training.batches import on_device
@@ -116,7 +117,7 @@ def _cost(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _params(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+    return count_parameters(network)
 
 
 def _name(network: nn.Module) -> str:

@@ -63,6 +63,8 @@ def distill(
     out: str | None = None,
     teacher_weights: str = "pretrained",
     student_weights: str = "random",
+    teacher_precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32",
+    teacher_error: float = 0.01,
     inherit: str | nn.Module | None = None,
     judge: str | nn.Module | None = None,
     allow_partial: bool = False,
@@ -90,6 +92,10 @@ def distill(
         out: the run folder; by default the next free runs/METHOD-N.
         teacher_weights: pretrained, or a file of weights (safetensors, or a state dict that needs no pickle).
         student_weights: random, pretrained, or a file.
+        teacher_precision: fp32; bf16; int8 on CUDA or on a CPU with VNNI or AMX; fp16 or fp8 on CUDA. Its error is measured before the
+            training.
+        teacher_error: the largest error of a teacher in low precision that is accepted: KL divergence from the same teacher in full
+            precision, in nats, mean over validation images.
         inherit: a detector or segmenter whose neck and head the student begins with where shapes agree; "teacher" for the teacher.
         judge: a classifier of the same data, in whose eyes generated images are measured; by default one that is trained first, once for
             all runs in a folder.

@@ -26,7 +26,7 @@ import stillhouse
 from stillhouse import distillers, tasks
 from stillhouse.cache.teacher import CachedTeacher
 from stillhouse.caching import cached_teacher
-from stillhouse.checking import Finding, check_distiller
+from stillhouse.checking import Finding, check_distiller, some_of
 from stillhouse.data import OF_CLASSES, Data, open_data
 from stillhouse.data.loading import eval_batches
 from stillhouse.distillers.base import Stage, is_data
@@ -43,8 +43,10 @@ from stillhouse.fitting import (
     transforms_of,
 )
 from stillhouse.interrupted import Interrupted
+from stillhouse.measure.precision import PrecisionError, lowered_within
 from stillhouse.models.inherit import inherit
 from stillhouse.models.opening import open_model
+from stillhouse.models.preprocessing import Refeed, preprocessing_of
 from stillhouse.models.saving import save_student
 from stillhouse.models.weights import weights_hash
 from stillhouse.randomness import seed_from, seeded
@@ -71,6 +73,8 @@ from stillhouse.training.loop import Loop
 from stillhouse.training.processes import processes
 
 LOG = logging.getLogger("stillhouse")
+PROBE = 128
+"""Validation images on which a teacher in low precision is compared with the same in full precision."""
 
 
 class Session:
@@ -102,6 +106,8 @@ class Session:
         self.inherit()
         self.preprocessing = input_of(self.student, self.data)
         self.transforms = transforms_of(self.preprocessing, self.data, self.augmentation)
+        self.teacher_hash = weights_hash(self.teacher) if self.teacher is not None else None
+        self.precision_error = self.lower_teacher()
 
     def open_unlabelled(self) -> Data:
         """The images that a stage without labels learns from: those of the data, where no others are named."""
@@ -159,6 +165,30 @@ class Session:
         taken = inherit(self.student, self.open_source(named))
         LOG.info("the student begins with the neck and head of %s: %d tensors", _plain(named) or type(named).__name__, len(taken))
 
+    def lower_teacher(self) -> PrecisionError | None:
+        """Puts the teacher into low precision, if that is asked for, and says what it lost."""
+        precision, limit = self.job["teacher_precision"] or "fp32", self.job["teacher_error"]
+        if precision == "fp32":
+            return None
+        if self.teacher is None:
+            raise UserError(f"method {self.method} has no teacher, but --teacher-precision {precision} was given; leave it out")
+        if self.data.task not in ("classify", "segment") or self.data.inputs != "images":
+            raise UserError(
+                f"a teacher in {precision} must be one whose error can be told, which gives logits of images, and '{self.data.name}' has "
+                f"{self.data.inputs} to {self.data.task}; leave --teacher-precision out, --precision bf16 holds for all networks"
+            )
+        segments = self.data.task == "segment"
+        feed = Refeed(preprocessing_of(self.student), preprocessing_of(self.teacher), keep_shape=segments)
+        batches = eval_batches(some_of(self.data.val, PROBE), self.transforms[1], batch=32)
+        device, images = processes().device, (images for _, images, _ in batches)
+        self.teacher, error = lowered_within(self.teacher, precision, limit, images, feed, device)
+        return error
+
+    def of_precision(self) -> dict[str, str]:
+        """What a teacher's answers follow from beside its weights: nothing in full precision."""
+        error = self.precision_error
+        return {"teacher_precision": f"{error.precision} by {error.by}"} if error is not None else {}
+
     def stages(self) -> Iterator[Stage]:
         """The parts of the training. What a distiller adds to the networks starts from weights that are a function of the seed."""
         stages = self.distiller.stages(self.student, self.teacher, self.recipe.epochs, **self.others, **self.settings)
@@ -207,6 +237,7 @@ class Session:
             "method": self.method,
             "student": _plain(self.job["student"]),
             **facts["hashes"],
+            **self.of_precision(),
             "settings": {name: value for name, value in settings.items() if name not in FREE},
         }
         recipe = dataclasses.replace(self.recipe, epochs=stage.epochs)
@@ -225,11 +256,13 @@ class Session:
         """The teacher, if its answers are kept."""
         augmentation = {name: value for name, value in self.augmentation.items() if value is not None}
         follows_from = {"teacher": self.hashes()["teacher"], "images": str(self.preprocessing), "augmentation": augmentation}
+        follows_from |= self.of_precision()
         return cached_teacher(stage, data, self.transforms[1], self.recipe, self.folder.parent, follows_from)
 
     def findings(self, stage: Stage, data: Data) -> list[Finding]:
         """What is seen of a stage that is prepared, before it begins."""
-        return check_distiller(stage.distiller, data, self.transforms[1], allow_weak_teacher=self.job["allow_weak_teacher"])
+        found = check_distiller(stage.distiller, data, self.transforms[1], allow_weak_teacher=self.job["allow_weak_teacher"])
+        return found + ([Finding("teacher's precision", str(self.precision_error))] if self.precision_error else [])
 
     def check(self) -> list[Finding]:
         """What is seen of the first stage; nothing is trained or written."""
@@ -290,6 +323,7 @@ class Session:
             "seed": self.recipe.seed,
             "versions": versions(),
             "hashes": self.hashes(),
+            "teacher_precision": dataclasses.asdict(self.precision_error) if self.precision_error else None,
             "data": {
                 "name": self.data.name,
                 "classes": self.data.classes,
@@ -303,8 +337,7 @@ class Session:
     def hashes(self) -> dict[str, str | None]:
         """Of what must be the same when the run is taken up again."""
         frozen = {name: network for name, network in self.others.items() if network is not None and name in self.distiller.frozen}
-        networks = {"teacher": self.teacher} | frozen
-        found = {name: weights_hash(network) if network is not None else None for name, network in networks.items()}
+        found = {"teacher": self.teacher_hash} | {name: weights_hash(network) for name, network in frozen.items()}
         found["data"] = self.data.fingerprint
         return found | ({"unlabelled": self.unlabelled.fingerprint} if self.job["unlabelled"] is not None else {})
 
@@ -334,6 +367,7 @@ class Session:
             "baseline": False,
             "teacher": None,
             "teacher_cache": None,
+            "teacher_precision": None,
         }
         folder = self.folder / "baseline"
         resume = (folder / "settings.yaml").is_file()

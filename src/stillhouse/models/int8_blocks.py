@@ -1,0 +1,185 @@
+"""A frozen transformer whose blocks OpenVINO computes in int8, on CPUs that multiply bytes (VNNI, AMX).
+
+The network stays what it is around its blocks: where tokens are embedded, chosen and read out nothing changes, so it runs on some of its
+tokens, and hooks on whole blocks see what they return. Weights have a scale for each output channel. Activations get theirs as they come,
+one for each token (several where a layer is wider than the block), so no image depends on the others of its batch and nothing has to be
+calibrated. What is not a linear layer is computed in bf16 where the CPU can, else in fp32; between blocks everything is fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stillhouse.errors import UserError
+from stillhouse.models.taps import empty_image
+
+
+class Int8Block(nn.Module):
+    """A block that takes tokens fp32 [B, ..., D] and nothing else that is a tensor, computed by OpenVINO; without gradient.
+
+    Args:
+        compiled: OpenVINO's `CompiledModel` of one input and one output, for any batch and number of tokens.
+        shapes: the block on the meta device, for who counts its weights or its arithmetic.
+    """
+
+    def __init__(self, compiled: Any, shapes: nn.Module) -> None:
+        super().__init__()
+        self.compiled, self.request = compiled, compiled.create_infer_request()
+        self._shapes = (shapes,)  # no submodule: it has no values
+        self.eval()
+
+    @property
+    def shapes(self) -> nn.Module:
+        """The block without values."""
+        return self._shapes[0]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, tokens: Tensor, *rest: Any, **named: Any) -> Tensor:
+        """What the block makes of the tokens, in fp32."""
+        if tokens.is_meta:
+            answer: Tensor = self.shapes(tokens, *rest, **named)
+            return answer
+        if tokens.requires_grad:
+            raise UserError("no gradient can pass through a teacher in int8; use --teacher-precision fp32 or bf16")
+        if _tensors((rest, named)):
+            raise UserError("a block in int8 takes tokens alone, but was given a mask or positions too; use --teacher-precision bf16")
+        found = self.request.infer([tokens.detach().float().contiguous().numpy()], share_inputs=True)
+        return torch.from_numpy(found[0])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Block:
+        """Another one on the same compiled weights."""
+        return Int8Block(self.compiled, self.shapes)
+
+
+def with_int8_blocks(network: nn.Module) -> nn.Module:
+    """The network with its blocks in int8, in place.
+
+    Raises:
+        UserError: if this CPU, this installation or this network cannot have it.
+    """
+    if not torch.cpu._is_vnni_supported():
+        raise UserError("this CPU has neither VNNI nor AMX, int8 would gain nothing on it; use --teacher-precision bf16")
+    try:
+        import openvino  # noqa: F401
+    except ImportError as error:
+        raise UserError("a teacher in int8 on a CPU is OpenVINO's: pip install 'stillhouse[low-precision]'") from error
+    examples = _examples(network)
+    held = sum(layer.weight.numel() for name in examples for layer in _linears(network.get_submodule(name)))
+    if 2 * held < sum(parameter.numel() for parameter in network.parameters()):
+        raise UserError(
+            f"{type(network).__name__} cannot be put into int8: most of its weights are not in linear layers of blocks that take tokens "
+            "alone (convolutions and rotary positions are not among them); use --teacher-precision bf16"
+        )
+    for name, (inputs, named) in examples.items():
+        block = network.get_submodule(name)
+        try:
+            compiled = _compiled(_OfTokens(block, inputs[1:], named), inputs[0])
+        except Exception as error:  # whatever export or OpenVINO cannot do; both have errors of their own
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{name} of {type(network).__name__} cannot be put into int8 ({reason}); use bf16") from error
+        network.set_submodule(name, Int8Block(compiled, block.to("meta")))
+    return network
+
+
+def _examples(network: nn.Module) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What each block with linear layers is given, by its name, for two empty images; only blocks of tokens alone."""
+    found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    hooks = []
+    for name, block in _blocks(network):
+
+        def remember(module: nn.Module, inputs: Any, named: Any, output: Any, name: str = name) -> None:
+            alone = inputs and isinstance(inputs[0], Tensor) and not _tensors((inputs[1:], named))
+            if alone and isinstance(output, Tensor):
+                found[name] = (inputs, named)
+
+        hooks.append(block.register_forward_hook(remember, with_kwargs=True))
+    image = empty_image(network)
+    with torch.no_grad():
+        network.eval()(image.expand(2, *image.shape[1:]))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _blocks(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The members of the outermost lists of modules that have linear layers, by name."""
+    found: list[tuple[str, nn.Module]] = []
+    inside: tuple[str, ...] = ()
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not name.startswith(inside or "."):
+            inside += (f"{name}." if name else "",)
+            found += [(f"{name}.{child}".lstrip("."), block) for child, block in module.named_children() if _linears(block)]
+    return found
+
+
+def _linears(block: nn.Module) -> list[nn.Linear]:
+    return [module for module in block.modules() if type(module) is nn.Linear]
+
+
+def _tensors(given: Any) -> bool:
+    return any(isinstance(value, Tensor) for value in torch.utils._pytree.tree_leaves(given))
+
+
+class _OfTokens(nn.Module):
+    """A block as a function of its tokens, its linear layers with weights in int8; the block itself stays what it is."""
+
+    def __init__(self, block: nn.Module, rest: tuple[Any, ...], named: dict[str, Any]) -> None:
+        super().__init__()
+        self.block, self.rest, self.named = copy.deepcopy(block), rest, named
+        for name, module in list(self.named_modules()):
+            if type(module) is nn.Linear:
+                self.set_submodule(name, _Int8Linear(module))
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.block(tokens, *self.rest, **self.named)
+
+
+class _Int8Linear(nn.Module):
+    """W = q s with q in int8 [out, in] and a scale for each output channel, as OpenVINO looks for it; symmetric, so that 0 stays 0."""
+
+    q: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+        self.register_buffer("q", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(tokens, self.q.to(tokens.dtype) * self.scale, self.bias)
+
+
+def _compiled(block: _OfTokens, tokens: Tensor) -> Any:
+    """OpenVINO's `CompiledModel`. By its frontend, not by `convert_model`, which would tell its makers of the conversion unasked."""
+    import openvino
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    sizes = (dict.fromkeys(range(tokens.ndim), torch.export.Dim.AUTO),)
+    program = torch.export.export(block.eval(), (tokens,), dynamic_shapes=sizes, strict=False)
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it warns, with a traceback, of operators that PyTorch no longer has
+    try:
+        decoder = TorchFXPythonDecoder.from_exported_program(program)
+        model = frontend.convert(frontend.load(decoder))
+    finally:
+        logging.disable(level)
+    widths = [layer.q.shape[1] for layer in block.modules() if isinstance(layer, _Int8Linear)]
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16" if torch.cpu._is_avx512_bf16_supported() else "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": math.gcd(*widths),
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+    }
+    return openvino.Core().compile_model(model, "CPU", settings)
