@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 
 import pytest
@@ -218,3 +219,24 @@ def test_the_outermost_lists_are_the_blocks() -> None:
     network = nn.ModuleDict({"stages": nn.ModuleList([nn.Sequential(inner), nn.Identity()]), "head": nn.Linear(2, 2)})
     assert [name for name, _ in int8_blocks._blocks(network)] == ["stages.0"]
     assert [name for name, _ in int8_blocks._blocks(inner)] == ["0"]
+
+
+def test_a_signal_does_not_end_the_process_after_a_network_in_int8() -> None:
+    """OpenVINO leaves behind a stack for signal handlers that it has freed."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    work = """
+import gc, signal, torch
+from stillhouse.models.precision import lowered
+from tests.conftest import images, tiny
+seen = []
+signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+low, _ = lowered(tiny(), "int8", torch.device("cpu"))
+low(images())
+signal.raise_signal(signal.SIGINT)
+del low
+gc.collect()
+signal.raise_signal(signal.SIGINT)
+assert len(seen) == 2
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", work], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -9,9 +9,13 @@ calibrated. What is not a linear layer is computed in bf16 where the CPU can, el
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
 import math
-from typing import Any
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +23,30 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.models.taps import empty_image
+
+
+class _SignalStack(ctypes.Structure):
+    """`stack_t` of Linux."""
+
+    _fields_: ClassVar = [("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+@contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """This thread's stack for signal handlers is afterwards the one it was.
+
+    OpenVINO (2026.4) gives the thread one of its own when a model is compiled or released, and frees it: the next signal, such as Ctrl-C,
+    would end the process with a segmentation fault instead of a checkpoint.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    set_stack, before = ctypes.CDLL(None).sigaltstack, _SignalStack()
+    set_stack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        set_stack(ctypes.byref(before), None)
 
 
 class Int8Block(nn.Module):
@@ -53,6 +81,10 @@ class Int8Block(nn.Module):
         found = self.request.infer([tokens.detach().float().contiguous().numpy()], share_inputs=True)
         return torch.from_numpy(found[0])
 
+    def __del__(self) -> None:
+        with signal_stack_kept():
+            self.request = self.compiled = None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Block:
         """Another one on the same compiled weights."""
         return Int8Block(self.compiled, self.shapes)
@@ -80,7 +112,8 @@ def with_int8_blocks(network: nn.Module) -> nn.Module:
     for name, (inputs, named) in examples.items():
         block = network.get_submodule(name)
         try:
-            compiled = _compiled(_OfTokens(block, inputs[1:], named), inputs[0])
+            with signal_stack_kept():
+                compiled = _compiled(_OfTokens(block, inputs[1:], named), inputs[0])
         except Exception as error:  # whatever export or OpenVINO cannot do; both have errors of their own
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{name} of {type(network).__name__} cannot be put into int8 ({reason}); use bf16") from error
