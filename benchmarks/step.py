@@ -1,6 +1,7 @@
 """What a step of MaskedKD costs beside what one would use instead: one process, everything in turn, ratios paired by round.
 
     python benchmarks/step.py --rounds 20 --out step.json      # deit_tiny from deit_base at 224 px; some minutes on two cores
+    python benchmarks/step.py --teacher-precision int8         # also with the teacher in int8, or bf16
     python benchmarks/step.py --dense                          # RetinaNet-R50 from R101 at 512 px: ACAM-KD beside plain feature KD
     python benchmarks/step.py --dense --size 800 1333 --batch 1 --rounds 3       # the same on images of COCO's usual size: for the memory
     python benchmarks/step.py --smoke                          # the same on toy networks: does it run?
@@ -13,6 +14,7 @@ Every step trains a student of its own with AdamW; all teachers are the same wei
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import tempfile
@@ -38,6 +40,7 @@ from stillhouse.measure.dense import batch_of, distiller_of, estimate_dense, ste
 from stillhouse.measure.flops import macs
 from stillhouse.measure.timing import Memory, interleaved, peak_memory, ratio, spread
 from stillhouse.models.opening import open_model
+from stillhouse.models.precision import lowered
 from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.models.tokens import OnSomeTokens
 from stillhouse.report.terminal import print_estimate
@@ -59,7 +62,7 @@ def main() -> None:
     torch.manual_seed(0)
     images = torch.randn(options.batch, 3, size, size, device=device)
     labels = torch.randint(student().num_classes, (options.batch,), device=device)
-    bench = Bench(lambda: student().to(device), teacher().to(device), (images, labels))
+    bench = Bench(lambda: student().to(device), teacher().to(device), (images, labels), options.teacher_precision)
     bench.check_equal_losses()
     seconds = interleaved(bench.functions(), options.rounds, warmup=1 if options.smoke else 2)
     result = bench.result(seconds, options)
@@ -121,10 +124,12 @@ class Bench:
         make_student: a new student with its first weights, each time the same.
         teacher: frozen; every step has its own modules on these weights.
         batch: images and hard labels.
+        precision: another one of the teacher's, for steps beside the others.
     """
 
-    def __init__(self, make_student: Callable[[], Any], teacher: Any, batch: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, make_student: Callable[[], Any], teacher: Any, batch: tuple[Tensor, Tensor], precision: str | None = None) -> None:
         self.make_student, self.batch = make_student, batch
+        self.low = (precision, lowered(teacher, precision, batch[0].device)[0]) if precision else None
         self.teacher = with_frozen_weights(teacher).eval()
         self.patches = OnSomeTokens(with_frozen_weights(teacher)).patches
         self.half = keep_count(0.5, self.patches)
@@ -142,6 +147,19 @@ class Bench:
             "teacher forward, all": self.teacher_forward(None),
             "teacher forward, half": self.teacher_forward(self.half),
             "saliency": self.saliency(),
+            **self.in_low_precision(),
+        }
+
+    def in_low_precision(self) -> dict[str, Step]:
+        """The steps whose teacher is in another precision, if one is asked for."""
+        if self.low is None:
+            return {}
+        name, low = self.low
+        return {
+            f"MaskedKD keep=0.5, {name}": self.ours(0.5, low),
+            f"MaskedKD keep=0.25, {name}": self.ours(0.25, low),
+            f"teacher forward, all, {name}": self.teacher_forward(None, low),
+            f"teacher forward, half, {name}": self.teacher_forward(self.half, low),
         }
 
     def plain(self) -> Step:
@@ -160,8 +178,8 @@ class Bench:
         student = self.make_student().train()
         return _update(student, lambda: bare_loss(student, self.teacher, *self.batch, kept))
 
-    def ours(self, keep: float) -> Step:
-        distiller = self.distiller(keep)
+    def ours(self, keep: float, teacher: nn.Module | None = None) -> Step:
+        distiller = self.distiller(keep, teacher)
         return _update(distiller.student, lambda: sum(distiller(self.batch).values()))
 
     def loop(self, keep: float) -> Step:
@@ -182,11 +200,12 @@ class Bench:
 
         return step
 
-    def distiller(self, keep: float) -> MaskedKD:
-        return MaskedKD(self.make_student(), with_frozen_weights(self.teacher), keep=keep).train()
+    def distiller(self, keep: float, teacher: nn.Module | None = None) -> MaskedKD:
+        frozen = with_frozen_weights(self.teacher) if teacher is None else copy.deepcopy(teacher)
+        return MaskedKD(self.make_student(), frozen, keep=keep).train()
 
-    def teacher_forward(self, kept: int | None) -> Step:
-        teacher, images = OnSomeTokens(with_frozen_weights(self.teacher)), self.batch[0]
+    def teacher_forward(self, kept: int | None, teacher: nn.Module | None = None) -> Step:
+        teacher, images = OnSomeTokens(with_frozen_weights(self.teacher) if teacher is None else copy.deepcopy(teacher)), self.batch[0]
         keep = None if kept is None else torch.rand(len(images), self.patches, device=images.device).topk(kept).indices
         return torch.no_grad()(lambda: teacher(images, keep))
 
@@ -216,6 +235,10 @@ class Bench:
             "training loop / the step by hand": (ratio(seconds["training loop, keep=0.5"], seconds["by hand, keep=0.5"]), None),
             "saliency / step": (ratio(seconds["saliency"], ours), 0.01),
         }
+        if self.low is not None:
+            low = seconds[f"MaskedKD keep=0.5, {self.low[0]}"]
+            checks[f"keep=0.5 with the teacher in {self.low[0]} / timm's step"] = (ratio(low, seconds["timm's distillation"]), 0.40)
+            checks[f"keep=0.5 with the teacher in {self.low[0]} / plain training"] = (ratio(low, plain), 1.6)
         return {
             "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
             "setting": {
@@ -317,6 +340,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="images in a step; 16, or 2 with --dense")
     parser.add_argument("--dense", action="store_true", help="detectors instead of classifiers")
     parser.add_argument("--size", type=int, nargs="+", default=[512], help="with --dense: side of the images, or height and width")
+    parser.add_argument("--teacher-precision", help="steps with the teacher in bf16, int8, … beside the others")
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write all times and ratios here, as JSON")

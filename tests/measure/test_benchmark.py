@@ -13,12 +13,13 @@ BENCHMARK = BENCHMARKS / "step.py"
 
 def test_smoke(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
-    done = subprocess.run([sys.executable, BENCHMARK, "--smoke", "--out", out], capture_output=True, text=True, check=False)
+    command = [sys.executable, BENCHMARK, "--smoke", "--teacher-precision", "bf16", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert all(len(seconds) == 2 for seconds in result["seconds"].values())
     assert result["of_plain"]["plain training"] == [1, 1, 1]
-    assert len(result["checks"]) == 6
+    assert len(result["checks"]) == 8
 
 
 def test_smoke_of_the_detectors(tmp_path: Path) -> None:
