@@ -12,12 +12,12 @@ from stillhouse.errors import UserError
 from tests.runs import DATA, RECIPE, STUDENT, files, teacher
 
 FLAGS = """
---accumulate --allow-partial --allow-weak-teacher --alpha --attention --auto-augment --bad-data --baseline --batch --by --cache-storage
---cache-top-k --channels-last --checkpointing --clip --compile --config --crop-scale --cutmix --data --ema --epochs --eval-every --fused
---hflip --hint --inherit --keep --keep-checkpoints --layer-decay --log-every --lr --max-steps --method --min-lr --mixup --optimizer
---out --overwrite --precision --random-erasing --resume --save-every --seed --smoke --smoothing --student --student-weights --targets
---task --teacher --teacher-cache --teacher-error --teacher-precision --teacher-weights --temperature --timeout --trackers --views
---warmup-epochs --weight-decay --workers
+--accumulate --allow-partial --allow-weak-teacher --alpha --attention --auto-augment --bad-data --baseline --batch --budget --by
+--cache-storage --cache-top-k --channels-last --checkpointing --clip --compile --config --crop-scale --cutmix --data --ema --epochs
+--eval-every --fused --hflip --hint --inherit --keep --keep-checkpoints --layer-decay --log-every --lr --max-steps --method --min-lr
+--mixup --optimizer --out --overwrite --precision --random-erasing --resume --save-every --seed --smoke --smoothing --student
+--student-weights --targets --task --teacher --teacher-cache --teacher-error --teacher-precision --teacher-weights --temperature
+--timeout --tolerance --trackers --views --warmup-epochs --weight-decay --workers
 """
 """Of `distill --method masked_kd`: a flag that is renamed breaks somebody's script."""
 
