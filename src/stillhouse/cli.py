@@ -107,8 +107,8 @@ def check_settings(settings: dict[str, Any], path: Path) -> None:
     from stillhouse.errors import UserError
     from stillhouse.run import distill
 
-    method = settings.get("method", "")
-    if not isinstance(method, str):
+    method = settings.get("method")  # None for a class of the user's own
+    if not isinstance(method, (str, type(None))):
         raise UserError(f"{path}: method is {method}, expected a name")
     if method not in distillers.modules():
         return
