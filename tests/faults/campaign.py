@@ -215,12 +215,27 @@ def moment(number: int, seed: int, names: list[str], out: Path) -> dict[str, Any
         found["lost"] |= not still_there(watched.said().get("saved"))
     found["codes"].append(ended(begin(name, folder, out / "teachers", {}, Watched(), log)))
     finished = (folder / "report.html").is_file() and status(folder) == "finished"
-    ours, theirs = (learnt(each) if each.exists() else {} for each in (folder, whole))
-    found["differs"] = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    found["differs"] = differing(*(learnt(each) if each.exists() else {} for each in (folder, whole)))
     found["identical"] = found["codes"][-1] == 0 and finished and not found["differs"]
     if found["identical"] and not found["lost"]:
         shutil.rmtree(folder)
     return found
+
+
+def differing(ours: dict[str, bytes], theirs: dict[str, bytes]) -> list[str]:
+    """The files that differ. A run that was asked to stop has one checkpoint more, of that step; it may have pushed an older one out.
+
+    The last checkpoint of each training must be there, as it is when nothing was ended.
+    """
+    last = {folder: max(path for path in theirs if path.startswith(folder)) for folder in map(checkpoints_of, theirs) if folder}
+    asked = {path for path in theirs if not checkpoints_of(path) or Path(path).parent == Path(last[checkpoints_of(path)]).parent}
+    asked |= ours.keys() & theirs.keys() | {path for path in ours if not checkpoints_of(path)}
+    return sorted(path for path in asked if ours.get(path) != theirs.get(path))
+
+
+def checkpoints_of(path: str) -> str:
+    """The folder of checkpoints that a file lies in, "" for others."""
+    return next((f"{each}/" for each in Path(path).parents if each.name == "checkpoints"), "").removeprefix("./")
 
 
 def still_there(saved: tuple[str, int] | None) -> bool:

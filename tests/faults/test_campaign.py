@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.training.checkpoint import save_checkpoint
-from tests.faults.campaign import Watched, still_there, table
+from tests.faults.campaign import Watched, differing, still_there, table
 
 MOMENTS = 5
 
@@ -45,3 +45,17 @@ def test_a_child_that_is_ended_while_it_tells_has_told_nothing(content: bytes) -
     watched = Watched()
     watched._memory[:] = content.ljust(4096, b"\0")
     assert watched.said() == {}
+
+
+def test_what_differs_is_found_and_a_checkpoint_more_is_no_difference() -> None:
+    whole = {f"{where}checkpoints/step-0000000{step}/ema": bytes([step]) for where in ("", "baseline/") for step in (6, 8)}
+    whole["train.csv"] = b"rows"
+    asked_to_stop = {
+        path.replace("baseline/checkpoints/step-00000006", "baseline/checkpoints/step-00000007"): each for path, each in whole.items()
+    }
+    assert differing(whole, whole) == differing(asked_to_stop, whole) == []
+    for path in ("train.csv", "checkpoints/step-00000008/ema", "baseline/checkpoints/step-00000008/ema"):
+        assert differing({name: each for name, each in whole.items() if name != path}, whole) == [path]
+        assert differing(whole | {path: b"other"}, whole) == [path]
+    assert differing(whole | {"checkpoints/step-00000006/ema": b"other"}, whole) == ["checkpoints/step-00000006/ema"]
+    assert differing(whole | {"val.csv": b""}, whole) == ["val.csv"]

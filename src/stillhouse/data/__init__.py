@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -209,7 +211,12 @@ def open_data(spec: str | Data, *, seed: int = 0, bad_data: BadData = "refuse", 
         raise UserError(f"the data are a {type(spec).__name__}, expected a name such as {FORMS['imagefolder']}, or a Data")
     if task is not None and task not in _WRONG:
         raise UserError(f"there is no task '{task}'{nearest(task, _WRONG)}; expected {', '.join(_WRONG)}")
-    data = spec if isinstance(spec, Data) else _open(spec, seed, bad_data, task)
+    try:
+        data = spec if isinstance(spec, Data) else _open(spec, seed, bad_data, task)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise UserError(f"the name of the data begins '{str(spec)[:40]}' and is longer than a file's can be") from error
     if data is not spec and data.skipped:
         LOG.warning("%d left out of '%s': %s%s", len(data.skipped), spec, "; ".join(data.skipped[:3]), "; …" * (len(data.skipped) > 3))
     if task in OF_CLASSES and data.task in OF_CLASSES and data.inputs == "images":
@@ -221,12 +228,12 @@ def open_data(spec: str | Data, *, seed: int = 0, bad_data: BadData = "refuse", 
 
 def _open(spec: str, seed: int, bad_data: BadData, task: TaskName | None) -> Data:
     source, _, rest = spec.partition(":")
-    if Path(spec, "data").is_dir():
+    if os.path.isdir(os.path.join(spec, "data")):  # unlike Path, it answers for names that no file can have
         from stillhouse.data.condensed import open_condensed
 
         return open_condensed(Path(spec))
     if source not in FORMS:
-        hint = f", did you mean 'imagefolder:{spec}'?" if Path(spec).is_dir() else nearest(source, FORMS)
+        hint = f", did you mean 'imagefolder:{spec}'?" if os.path.isdir(spec) else nearest(source, FORMS)
         raise UserError(f"unknown data set '{spec}'{hint or ':'} expected one of {', '.join(FORMS.values())}")
     module = importlib.import_module(f"{__name__}.{source.replace('-', '_')}")
     opener = getattr(module, f"open_{source.replace('-', '_')}")

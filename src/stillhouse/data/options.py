@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 from stillhouse.errors import UserError, nearest
@@ -38,4 +38,4 @@ def within(name: str, value: float, low: float, high: float) -> None:
 def path_and_options(text: str) -> tuple[str, str]:
     """Cut `PATH:NAME=VALUE,…` at the last colon that an option follows; a path that exists as it stands is taken whole."""
     path, colon, options = text.rpartition(":")
-    return (path, options) if colon and "=" in options and not Path(text).exists() else (text, "")
+    return (path, options) if colon and "=" in options and not os.path.exists(text) else (text, "")

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from stillhouse.errors import UserError
 
 FAMILIES = ("timm", "torchvision", "transformers", "smp", "mae", "diffusers", "pyg")
+LONGEST = 255
+"""Bytes in the name of a file or folder."""
 _WORD = re.compile(r"[\w./+-]+")
 _PAIRS = {")": "(", "]": "[", "}": "{"}
 
@@ -47,6 +49,8 @@ def parse_spec(text: str) -> Spec:
 def _run_folder(text: str) -> Spec:
     if not text:
         raise UserError(f"the model's name is empty, expected {', '.join(f'{family}/NAME' for family in FAMILIES)} or a run folder")
+    if any(len(part.encode(errors="replace")) > LONGEST for part in text.split("/")):
+        raise UserError(f"the model's name begins '{text[:40]}' and is longer than a file's can be ({LONGEST} bytes)")
     return Spec("run", text)
 
 
