@@ -21,7 +21,7 @@ FOUND = {
     "run_folder": [b"\x05", b"\x09\x00\x00\x21\x07", b"\0" + b"[" * 100_000, b'\0{"result": [{"miou": 1}]}'],
     "checkpoint": [b"\x01\x00\x9e", b"\0" + b"[" * 100_000],
     "torch_file": [b"G\xf4\x00", b"\x80\x04\x96\0\0\0\0\0\0\0\x10."],
-    "network": [b"\0\0" + b"[" * 100_000],
+    "network": [b"\0\0" + b"[" * 100_000, b"\0aL\xcc\xcc"],
     "pictures": [b"\x05", b"\x89S\x02\x01~\x01\x00\xb3\x00\x02\xf6\xbe\x02\x02\x00\x01\x00\x03hN"],
     "pickled_array": [b"\x96Y'\x03b\x00\x00\x00\x01\x01\xc1\xbc"],
 }

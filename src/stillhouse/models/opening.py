@@ -218,7 +218,7 @@ def read_saved(folder: str | Path) -> Saved:
         return _read_config(found, config)
     except UserError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"'{found / 'config.json'}' is damaged ({type(error).__name__}: {error}), save the network again") from error
 
 
