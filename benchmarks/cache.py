@@ -32,7 +32,7 @@ from stillhouse.data import Data
 from stillhouse.data.arrays import Arrays
 from stillhouse.data.transforms import eval_transform, train_transform
 from stillhouse.measure.copies import with_frozen_weights
-from stillhouse.measure.timing import interleaved, ratio, spread
+from stillhouse.measure.timing import interleaved, ratio, spread, with_quartiles
 from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.training.loop import Loop
 from stillhouse.training.recipe import Recipe
@@ -153,17 +153,12 @@ def _print(result: dict[str, Any], console: Console) -> None:
     for column in ("", "ms a step", "x plain training", "x asking the teacher", "bytes an image"):
         table.add_column(column, justify="right" if column else "left")
     for name, values in result["seconds"].items():
-        ratios = [_text(result[of][name], 3) for of in ("of_plain", "of_asking")]
+        ratios = [with_quartiles(result[of][name], 3) for of in ("of_plain", "of_asking")]
         size = result["bytes_an_image"].get(name)
         milliseconds = spread([1000 * value / setting["steps"] for value in values])
-        table.add_row(name, _text(milliseconds, 1), *ratios, f"{size:,.0f}" if size else "")
+        table.add_row(name, with_quartiles(milliseconds, 1), *ratios, f"{size:,.0f}" if size else "")
     console.print(table)
     console.print(f"median (quartiles) of {setting['rounds']} rounds, an epoch of {setting['steps']} steps each")
-
-
-def _text(measured: tuple[float, float, float], digits: int) -> str:
-    median, low, high = (f"{value:.{digits}f}" for value in measured)
-    return f"{median} ({low}, {high})"
 
 
 def _options() -> argparse.Namespace:

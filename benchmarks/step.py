@@ -38,7 +38,7 @@ from stillhouse.masks.tokens import class_attention, highest, keep_count
 from stillhouse.measure.copies import with_frozen_weights
 from stillhouse.measure.dense import batch_of, distiller_of, estimate_dense, step_of
 from stillhouse.measure.flops import macs
-from stillhouse.measure.timing import Memory, interleaved, peak_memory, ratio, spread
+from stillhouse.measure.timing import Memory, interleaved, peak_memory, ratio, spread, with_quartiles
 from stillhouse.models.opening import open_model
 from stillhouse.models.precision import lowered
 from stillhouse.models.preprocessing import preprocessing_of
@@ -317,7 +317,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="right" if column else "left")
     for name, values in result["seconds"].items():
         milliseconds = spread([1000 * value for value in values])
-        table.add_row(name, _text(milliseconds, 1), _text(result["of_plain"][name], 4 if name == "saliency" else 3))
+        table.add_row(name, with_quartiles(milliseconds, 1), with_quartiles(result["of_plain"][name], 4 if name == "saliency" else 3))
     console.print(table)
     console.print(
         f"median (quartiles) of {setting['rounds']} rounds; half the patches are {result['teacher_share_of_macs']:.3f} of the teacher"
@@ -325,12 +325,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     for name, check in result["checks"].items():
         judged = check["at_most"] is not None and not setting["smoke"]
         verdict = f"  at most {check['at_most']}: {'yes' if check['ratio'][0] <= check['at_most'] else 'NO'}" if judged else ""
-        console.print(f"{name}: {_text(check['ratio'], 4)}{verdict}", soft_wrap=True)
-
-
-def _text(measured: tuple[float, float, float], digits: int) -> str:
-    median, low, high = (f"{value:.{digits}f}" for value in measured)
-    return f"{median} ({low}, {high})"
+        console.print(f"{name}: {with_quartiles(check['ratio'], 4)}{verdict}", soft_wrap=True)
 
 
 def _options() -> argparse.Namespace:

@@ -23,7 +23,7 @@ from torch import Tensor
 from stillhouse.data import Data
 from stillhouse.data.transforms import eval_transform, train_transform
 from stillhouse.distillers.classics.scratch import Scratch
-from stillhouse.measure.timing import interleaved, peak_memory, ratio, spread
+from stillhouse.measure.timing import interleaved, peak_memory, ratio, spread, with_quartiles
 from stillhouse.models.opening import open_model
 from stillhouse.models.preprocessing import Preprocessing
 from stillhouse.training.loop import Loop
@@ -62,7 +62,7 @@ def main() -> None:
                 continue
             seconds = interleaved({"without": without, "with": with_it}, options.rounds, warmup=2)
             usual = spread(seconds["without"]).median
-            cells.append("{:.2f} ({:.2f}, {:.2f})".format(*ratio(seconds["with"], seconds["without"])))
+            cells.append(with_quartiles(ratio(seconds["with"], seconds["without"]), 2))
             if name == "checkpointing":
                 memory = f"{peak_memory(with_it).bytes / max(1, peak_memory(without).bytes):.2f}"
         table.add_row(spec, f"{1000 * usual:.0f}", *cells, memory)

@@ -162,8 +162,6 @@ def _images(data: str | Data | None, task: str | None, classes: int, channels: i
 
 def _profile(method: str, teacher: str | nn.Module, student: str | nn.Module, data: Data, **asked: Any) -> list[dict[str, Any]]:
     """A step of a method with its default settings, taken apart."""
-    import tempfile
-
     from stillhouse import distillers
     from stillhouse.fitting import fit_of, input_of, open_student, refuse_other_task, transforms_of
     from stillhouse.measure.profile import profile
@@ -178,7 +176,7 @@ def _profile(method: str, teacher: str | nn.Module, student: str | nn.Module, da
     preprocessing = input_of(learner, data)
     stage = next(distillers.find(method).stages(learner, networks.get("teacher"), 1))
     recipe = Recipe(epochs=10**6, batch=asked["batch"], precision=asked["precision"], trackers="none", warmup_epochs=0)
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         transforms = transforms_of(preprocessing, data, {})
         return profile(stage.distiller, data, transforms, preprocessing, recipe, Path(folder), asked["rounds"])
 

@@ -85,7 +85,7 @@ def _of_teacher(loop: Loop) -> dict[str, Any]:
 def _model(network: nn.Module, shape: tuple[int, ...] | None) -> dict[str, Any]:
     """A network's or a data set's name and size, and what a network multiplies for one image."""
     counted = shape is not None and not is_data(network)
-    return {"name": _name(network), "params": _params(network), "macs": macs(network, shape) if counted else None}  # type: ignore[arg-type]
+    return {"name": _name(network), "params": count_parameters(network), "macs": macs(network, shape) if counted else None}  # type: ignore[arg-type]
 
 
 def _savings(
@@ -114,10 +114,6 @@ def _step_ms(folder: Path, recipe: Recipe) -> float | None:
 
 def _cost(model: dict[str, Any]) -> dict[str, Any]:
     return {"params": model.get("params"), "macs": model.get("macs")}
-
-
-def _params(network: nn.Module) -> int:
-    return count_parameters(network)
 
 
 def _name(network: nn.Module) -> str:

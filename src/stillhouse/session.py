@@ -255,7 +255,7 @@ class Session:
     def cache(self, stage: Stage, data: Data) -> CachedTeacher | None:
         """The teacher, if its answers are kept."""
         augmentation = {name: value for name, value in self.augmentation.items() if value is not None}
-        follows_from = {"teacher": self.hashes()["teacher"], "images": str(self.preprocessing), "augmentation": augmentation}
+        follows_from = {"teacher": self.teacher_hash, "images": str(self.preprocessing), "augmentation": augmentation}
         follows_from |= self.of_precision()
         return cached_teacher(stage, data, self.transforms[1], self.recipe, self.folder.parent, follows_from)
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from stillhouse.data import Data
 from stillhouse.distillers.base import Distiller
 from stillhouse.errors import UserError
-from stillhouse.measure.timing import spread, wait
+from stillhouse.measure.timing import seconds_of, spread, wait
 from stillhouse.models.preprocessing import Preprocessing
 from stillhouse.training.loop import Loop
 from stillhouse.training.recipe import Recipe
@@ -106,7 +106,7 @@ class Products(TorchDispatchMode):
 
     def seconds(self) -> dict[str, float]:
         """By part: what its products take when each is computed alone, the fastest of a few times."""
-        best = {key: min(_timed(call) for _ in range(REPEATS)) for key, call in self.calls.items()}
+        best = {key: min(seconds_of(call) for _ in range(REPEATS)) for key, call in self.calls.items()}
         return {part: sum(number * best[key] for key, number in counts.items()) for part, counts in self.counts.items()}
 
     def operations(self) -> dict[str, int]:
@@ -232,11 +232,3 @@ def _look(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(value.shape), value.stride(), value.dtype
     return tuple(map(_look, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _timed(call: Callable[[], Any]) -> float:
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - start

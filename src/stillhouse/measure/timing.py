@@ -49,10 +49,16 @@ def interleaved(functions: dict[str, Callable[[], object]], rounds: int, warmup:
     for turn in range(warmup + rounds):
         first = turn % max(len(names), 1)
         for name in names[first:] + names[:first]:
-            took = _seconds(functions[name])
+            took = seconds_of(functions[name])
             if turn >= warmup:
                 seconds[name].append(took)
     return seconds
+
+
+def with_quartiles(measured: tuple[float, float, float], digits: int) -> str:
+    """Such as 1.60 (1.59, 1.63), for tables."""
+    median, low, high = (f"{value:.{digits}f}" for value in measured)
+    return f"{median} ({low}, {high})"
 
 
 def spread(values: Sequence[float]) -> Ratio:
@@ -96,7 +102,8 @@ def peak_memory(function: Callable[[], object]) -> Memory:
     return Memory(max(_peak_resident() - before, 0), "process")
 
 
-def _seconds(function: Callable[[], object]) -> float:
+def seconds_of(function: Callable[[], object]) -> float:
+    """How long one call takes; on CUDA until the device has finished."""
     wait()
     start = time.perf_counter()
     function()
