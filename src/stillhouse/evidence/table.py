@@ -27,7 +27,7 @@ def write_evidence(path: Path, name: str, claim: str, studies: Sequence[Any], sh
         parts += [f"## {study.experiment.name}", *(study.table() if hasattr(study, "table") else _study(study))]
         drawn = path.with_name(f"{name}-{study.experiment.name}.svg")
         runs = {arm: study.runs[arm] for arm in getattr(study.experiment, "drawn", ())}
-        if write_curves(drawn, runs, FIGURES):
+        if write_curves(drawn, runs, FIGURES | RATES):
             parts.append(f"![What the masks did during training, mean over seeds]({drawn.name})")
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
@@ -125,6 +125,8 @@ def _of_masked_tokens(study: Study) -> Extra:
 
 FIGURES = {"mask_mean_spatial": "mean mask, places", "dice_spatial": "Dice, places", "corr": "correlation with the difference"}
 """What ACAM-KD watches, as a table calls it."""
+RATES = {"keep": "share of the patches kept", "turned": "how far that turns the teacher's pull"}
+"""What MaskedKD watches where its keep rate finds itself."""
 
 
 def _of_dense(study: Study) -> Extra:
