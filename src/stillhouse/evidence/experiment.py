@@ -116,7 +116,7 @@ class Experiment:
         for seed in seeds:
             for arm in self.arms:
                 begun = self._begun(arm, teacher, folder, {"seed": seed, **tiny})
-                settings = self._settings(arm, teacher, **found[arm.name]) | begun | {"seed": seed, **tiny}
+                settings = self.settings(arm, teacher, **found[arm.name]) | begun | {"seed": seed, **tiny}
                 runs[arm.name].append(self._trained(arm, folder / f"{slug(arm.name.lower())}-{seed}", settings))
                 if begun:
                     before[arm.name].append(Run(Path(begun["student"])))
@@ -142,7 +142,7 @@ class Experiment:
         """The student that an arm begins with, if a run comes before it; made now."""
         if arm.before is None:
             return {}
-        first = self._settings(arm.before, teacher) | settings
+        first = self.settings(arm.before, teacher) | settings
         return {"student": str(finished(arm.before.method, folder / f"{slug(arm.name.lower())}-{first['seed']}-before", **first).folder)}
 
     def _located(self, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class Experiment:
 
         def score(rate: float, scale: float) -> float:
             own = {"seed": self.search.seed, **tiny}  # type: ignore[union-attr]
-            settings = self._settings(arm, teacher, lr=rate, scale=scale) | self._begun(arm, teacher, folder, own) | own
+            settings = self.settings(arm, teacher, lr=rate, scale=scale) | self._begun(arm, teacher, folder, own) | own
             settings["epochs"] = max(1, round(settings["epochs"] * self.search.share))  # type: ignore[union-attr]
             settings["eval_every"] = settings["epochs"]
             return self.headline(self._trained(arm, folder / f"search-{slug(arm.name.lower())}-{rate:g}-{scale:g}", settings))
@@ -174,7 +174,8 @@ class Experiment:
         scale = max((1.0, *(self.search.scales if arm.weights else ())), key=lambda scale: score(rate, scale))
         return {"lr": rate, "scale": scale}
 
-    def _settings(self, arm: Arm, teacher: Run, lr: float | None = None, scale: float = 1.0) -> dict[str, Any]:
+    def settings(self, arm: Arm, teacher: Run, lr: float | None = None, scale: float = 1.0) -> dict[str, Any]:
+        """What an arm's run is made with; at the method's own loss weights times `scale`."""
         settings = self._shared(arm)
         defaults = distillers.settings(arm.method)
         settings |= {name: scale * arm.settings.get(name, defaults[name].default) for name in arm.weights}
