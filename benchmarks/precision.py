@@ -5,8 +5,8 @@
     python benchmarks/precision.py --smoke                               # a toy: does it run?
 
 Beside PyTorch: torchao's int8 compiled by Inductor, ONNX Runtime's dynamic int8, OpenVINO on the whole network in bf16, and what
-`--teacher-precision` takes: PyTorch in bf16, and OpenVINO block by block in int8. Nothing is calibrated on images. Whole graphs cannot leave
-patches out; where the network stays PyTorch's around its blocks, half of its patches are timed as well.
+`--teacher-precision` takes: PyTorch in bf16, and OpenVINO block by block in int8. Nothing is calibrated on images. Whole graphs cannot
+leave patches out; where the network stays PyTorch's around its blocks, half of its patches are timed as well.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ LOOKED_AT = 512
 
 def main() -> None:
     options = _options()
-    network = Run(options.teacher).student if Path(options.teacher).is_dir() else open_model(options.teacher, classes=1000, channels=3)
-    teacher = network.eval().requires_grad_(False)
+    folder = Path(options.teacher)
+    teacher = Run(folder).student if folder.is_dir() else open_model(options.teacher, classes=1000, channels=3)
+    teacher.eval().requires_grad_(False)
     probes = _probes(teacher, options.data) if options.data else None
     shape = _shape(teacher)
     images = probes[: options.batch] if probes is not None else torch.randn(options.batch, *shape)
@@ -56,9 +57,8 @@ def main() -> None:
         halves = on_half(teacher, images)
         calls = {name: (lambda forward=forward: forward(images)) for name, forward in forwards.items()} | halves
         seconds = interleaved(calls, options.rounds, warmup=2)
-        table = Table(
-            title=f"{options.teacher}, {options.batch} images of {shape[1]} px, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        )
+        machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        table = Table(title=f"{options.teacher}, {options.batch} images of {shape[1]} px, {machine}")
         for column in ("who computes", "ms", "× PyTorch's fp32", "on half of the patches", "KL, nats", "same first class"):
             table.add_column(column, justify="left" if column == "who computes" else "right")
         plain = seconds["PyTorch, fp32"]

@@ -116,6 +116,13 @@ def test_int8_errs_by_what_rounding_to_bytes_explains() -> None:
     assert error.max() > 0.01 * most.max(), "int8 products were not computed at all"
 
 
+def test_patches_are_embedded_in_bf16_where_the_cpu_can(in_int8: nn.Module) -> None:
+    exact, dtype = tiny(embed_dim=48).patch_embed.proj, torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    found, pictures = in_int8.patch_embed.proj(images()), images().to(dtype)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, exact.to(dtype)(pictures).float())
+
+
 def test_int8_answers_nearly_the_same_and_always_the_same(in_int8: nn.Module) -> None:
     full = tiny(embed_dim=48)
     with torch.no_grad():

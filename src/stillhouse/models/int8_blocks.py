@@ -3,7 +3,8 @@
 The network stays what it is around its blocks: where tokens are embedded, chosen and read out nothing changes, so it runs on some of its
 tokens, and hooks on whole blocks see what they return. Weights have a scale for each output channel. Activations get theirs as they come,
 one for each token (several where a layer is wider than the block), so no image depends on the others of its batch and nothing has to be
-calibrated. What is not a linear layer is computed in bf16 where the CPU can, else in fp32; between blocks everything is fp32.
+calibrated. What is not a linear layer, and the embedding of patches, is computed in bf16 where the CPU can, else in fp32; between blocks
+everything is fp32.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import ctypes
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.models.taps import empty_image
+from stillhouse.models.tokens import embedding_of
 
 
 class _SignalStack(ctypes.Structure):
@@ -81,7 +83,9 @@ class Int8Block(nn.Module):
         found = self.request.infer([tokens.detach().float().contiguous().numpy()], share_inputs=True)
         return torch.from_numpy(found[0])
 
-    def __del__(self) -> None:
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if ending():  # nothing is left to call, and no signal will come
+            return
         with signal_stack_kept():
             self.request = self.compiled = None
 
@@ -118,7 +122,17 @@ def with_int8_blocks(network: nn.Module) -> nn.Module:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{name} of {type(network).__name__} cannot be put into int8 ({reason}); use bf16") from error
         network.set_submodule(name, Int8Block(compiled, block.to("meta")))
+    embedding = embedding_of(network)
+    if embedding is not None and torch.cpu._is_avx512_bf16_supported():
+        _in_bf16(embedding[0])
     return network
+
+
+def _in_bf16(layer: nn.Module) -> None:
+    """The layer computes in bf16, whatever it is given, and answers in fp32."""
+    layer.to(torch.bfloat16)
+    layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].to(torch.bfloat16), *inputs[1:]))
+    layer.register_forward_hook(lambda layer, inputs, output: output.float())
 
 
 def _examples(network: nn.Module) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -116,7 +116,7 @@ class OnSomeTokens(nn.Module):
             model.patch_drop = self.gate
         elif place is not self.gate:
             place.register_forward_hook(self.gate.hook)
-        found = _embedding_of(model)
+        found = embedding_of(model)
         if found is not None:
             convolution, positions = found
             self.gate.embeds = _KeptPatches(convolution, positions, self.gate)
@@ -207,7 +207,7 @@ def _place_of(model: nn.Module) -> tuple[nn.Module | None, int]:
     )
 
 
-def _embedding_of(model: nn.Module) -> tuple[nn.Conv2d, str] | None:
+def embedding_of(model: nn.Module) -> tuple[nn.Conv2d, str] | None:
     """The convolution that embeds patches one by one, and the name of the table of positions added to them; None where there is none."""
     from timm.layers.patch_embed import PatchEmbed
     from timm.models.eva import Eva
