@@ -63,6 +63,18 @@ def test_savings_are_written_with_their_change(run: Path) -> None:
     assert cells == [f"1.49{S}M", f"775{S}k", f"\N{MINUS SIGN}48{S}%", f"15.9{S}ms", f"12.4{S}ms", f"\N{MINUS SIGN}22{S}%"]
 
 
+def test_what_made_the_teacher_cheap_is_told_with_its_error(run: Path) -> None:
+    assert "from full precision" not in Page(write_report(run)).text
+    assert "The teacher did not run" not in Page(write_report(run)).text
+    low = {"precision": "int8", "by": "openvino", "kl": 1.28e-5, "agreement": 0.984, "images": 128}
+    errors = {"probability moved": {"max": 8.2e-4, "mean": 1.4e-4}}
+    cache = {"steps": 1840, "steps_without_teacher": 1380, "bytes": 125_880, "storage": "fp16", "errors": errors}
+    (run / "run.json").write_text(json.dumps(RECORD | {"teacher_precision": low, "teacher_cache": cache}))
+    text = Page(write_report(run)).text
+    assert f"KL 1e-05 nats from full precision, the same first class in 98.4{S}% of 128 validation images." in text
+    assert f"did not run in 1,380 of 1,840 steps: its answers were kept in fp16, 126{S}kB on the disk, which moved 0.0008 of" in text
+
+
 def test_it_holds_everything_in_order(run: Path) -> None:
     page = Page(write_report(run))
     assert page.headings() == ["result", "curves", "pictures", "settings", "origin"]

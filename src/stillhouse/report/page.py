@@ -60,6 +60,7 @@ def render(run_dir: Path) -> str:
         columns=[(key, name) for key, name, _ in columns if any(known(row.get(key)) for row in rows)],
         rows=[{**row, "cells": {key: (row.get(key), write(row.get(key))) for key, _, write in columns}} for row in rows],
         savings=savings(record),
+        cheaper=cheaper(record),
         kept=kept(record),
         class_title=f"{task.per_class} of each class",
         **class_table(run_dir, record, rows),
@@ -160,6 +161,25 @@ def savings(record: Record) -> list[tuple[str, str, str, str]]:
         if kept(record) and known(full) and known(part) and full:
             found.append((what, write(full), write(part), change(full, part)))
     return found
+
+
+def cheaper(record: Record) -> list[str]:
+    """What low precision and kept answers did to the teacher, a sentence each."""
+    low, cache = record.get("teacher_precision") or {}, record.get("teacher_cache") or {}
+    said = []
+    if known(low.get("kl")):
+        said.append(
+            f"The teacher computed in {low.get('precision')} ({low.get('by')}): KL {low['kl']:.1g} nats from full precision, the same "
+            f"first class in {percent(low.get('agreement'))} of {low.get('images')} validation images."
+        )
+    if known(cache.get("steps")):
+        moved = ((cache.get("errors") or {}).get("probability moved") or {}).get("max")
+        said.append(
+            f"The teacher did not run in {cache.get('steps_without_teacher'):,} of {cache['steps']:,} steps: its answers were kept in "
+            f"{cache.get('storage')}, {si(cache.get('bytes'))}B on the disk"
+            + (f", which moved {moved:.1g} of probability at most." if known(moved) else ".")
+        )
+    return said
 
 
 def charts(record: Record, rows: list[Record], train: Columns, val: Columns, baseline_val: Columns, task: type[Task]) -> list[Chart]:
