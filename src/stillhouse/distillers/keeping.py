@@ -20,7 +20,7 @@ from stillhouse.models.outputs import logits_of
 from stillhouse.models.taps import empty_image, looking
 from stillhouse.models.tokens import OnSomeTokens
 
-TOLERANCE, BUDGET = 0.5, 1.0
+TOLERANCE, BUDGET = 0.1, 1.0
 
 
 class Keeping(Distiller):

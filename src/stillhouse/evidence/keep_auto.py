@@ -90,7 +90,7 @@ class RatesStudy(Study):
                 OnSomeTokens(self.teacher.student).patches,
                 lambda count: macs(self.teacher.student, self.shape(), count),
                 macs(run.student, self.shape()),
-                tolerance=0.5,
+                tolerance=0.1,
                 budget=1.0,
             )
             steps, batch = int(read_table(run.folder / "train.csv")[-1]["step"]), self.experiment.recipe["batch"]
