@@ -147,7 +147,7 @@ def _steps(study: Study) -> dict[str, str]:
     """The time of a step as a multiple of labels only, measured side by side now, for the arms that are plain, KD, or MaskedKD itself."""
     from stillhouse.measure.estimate import estimate
 
-    keeps = {arm.settings["keep"]: arm.name for arm in study.experiment.arms if arm.method == "masked_kd" and "by" not in arm.settings}
+    keeps = {arm.settings["keep"]: arm.name for arm in study.experiment.arms if arm.method == "masked_kd" and set(arm.settings) == {"keep"}}
     student, teacher = study.runs["labels only"][0].student, study.teacher.student
     classes, network = len(study.teacher.facts["data"]["classes"]), cast(Any, student)
     batch = study.experiment.recipe["batch"]
