@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ def test_runs_that_are_ended_anywhere_end_as_if_nothing_had_happened(tmp_path: P
     command = [sys.executable, "-m", "tests.faults.campaign", "--moments", str(MOMENTS), "--seed", "1", "--out", str(tmp_path)]
     done = subprocess.run([*command, "--runs", "masked_kd, everything on"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    codes = [row["codes"][0] for row in json.loads((tmp_path / "table.json").read_text())]
+    assert set(codes) <= {137, 143}, "each is really ended"
     assert (tmp_path / "table.md").read_text().splitlines()[-1] == f"| all | {MOMENTS} | {MOMENTS} | 0 |"
 
 
