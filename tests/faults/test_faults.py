@@ -21,9 +21,10 @@ from stillhouse import cli
 from stillhouse.errors import UserError
 from stillhouse.training.checkpoint import checkpoints, load_checkpoint
 from stillhouse.training.loop import Loop
-from tests.runs import assert_equal, data, distil, files, weights
+from tests.runs import STUDENT, assert_equal, data, distil, files, weights
 
 EVERY_TWO = {"save_every": 2, "log_every": 2}
+STATM = Path("/proc/self/statm")
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[Loop], Any]) -> None:
@@ -69,6 +70,29 @@ def test_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UserError, match=r"memory ran out after step 3 \(.*\): free some and go on with --resume, or .* --batch") as caught:
         distil(tmp_path / "run", **EVERY_TWO)
     assert "\n" not in str(caught.value)
+    goes_on(tmp_path / "run", whole)
+
+
+def test_a_memory_limit_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """RLIMIT_AS, which `ulimit -v` and batch systems set: 16 MB are left, and a layer's activations take 36."""
+    resource = pytest.importorskip("resource", reason="this system has no such limits")
+    if not STATM.is_file():
+        pytest.skip(f"how much the process has is not to be read here: there is no {STATM}")
+    wide = {"student": f"{STUDENT},mlp_ratio=64.0", "data": "digits:train=1024", "batch": 512, "max_steps": 4}
+    whole = distil(tmp_path / "whole", **EVERY_TWO, **wide)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+
+    def limit(loop: Loop) -> None:
+        has = int(STATM.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (has + 2**24, before[1]))
+
+    at_step(monkeypatch, 3, limit)
+    try:
+        assert cli.main(["distill", "--config", str(whole.folder / "settings.yaml"), "--out", str(tmp_path / "run")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert re.search(r"^stillhouse distill: memory ran out after step 3 \(.*\): .*--resume.* --batch .*\n\Z", capsys.readouterr().err, re.M)
+    assert load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[-1])[1]["step"] == 2
     goes_on(tmp_path / "run", whole)
 
 
