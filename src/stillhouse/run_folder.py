@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 
@@ -189,13 +190,16 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, shared: bool = False) -> Iterator[Path]:
     """A file beside `path`, flushed and renamed to it at the end: whenever the machine stops, the old one is there or the new one.
+
+    Args:
+        shared: whether other processes may write the same file meanwhile; each then has one of its own beside.
 
     Raises:
         UserError: if it cannot be written; what was there before stays.
     """
-    beside = path.with_name(f".{path.name}")
+    beside = path.with_name(f".{path.name}.{uuid4().hex}" if shared else f".{path.name}")
     with writing(path):
         beside.unlink(missing_ok=True)  # never through a link that somebody left there
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from stillhouse.cache.answers import Answers
 from stillhouse.cache.teacher import APART, CachedTeacher, prints
 from stillhouse.caching import try_out
 from stillhouse.distillers.base import Clock, Distiller
@@ -145,6 +147,27 @@ def test_a_damaged_manifest_is_told(tmp_path: Path) -> None:
     (tmp_path / "answers" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
         distil(tmp_path / "run", "kd", **{**CACHE, "teacher_cache": str(tmp_path / "answers")})
+
+
+def test_a_manifest_that_was_never_finished_is_no_manifest(tmp_path: Path) -> None:
+    """As a process leaves it that is killed while it writes the first file of all, and as one finds it while another is at it."""
+    (tmp_path / ".manifest.json.0123").write_text('{"data"')
+    answers = Answers(tmp_path, {"data": "digits"})
+    answers.write_manifest()
+    assert Answers(tmp_path, {"data": "digits"}).facts == {"data": "digits"}
+    with pytest.raises(UserError, match=r"another data \(digits, now others\)"):
+        Answers(tmp_path, {"data": "others"})
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"manifest\.json cannot be written \(.*No space left on device\)"):
+        Answers(tmp_path, {"data": "digits"}).write_manifest()
+    assert not list(tmp_path.iterdir())
 
 
 @settings(deadline=None, max_examples=30)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stillhouse.errors import UserError
-from stillhouse.run_folder import writing
+from stillhouse.run_folder import whole_file, writing
 
 LOG = logging.getLogger("stillhouse")
 SHARD = 64 * 2**20
@@ -52,7 +51,9 @@ class Answers:
                 raise ValueError(f"it holds a {type(known).__name__}")
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read ({error}); name another folder with --teacher-cache, or remove {folder}") from error
-        if known is None and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        # a manifest that was never finished is none
+        others = (each for each in folder.glob("*") if not each.name.startswith(".manifest.json."))
+        if known is None and (folder.is_file() or any(others)):
             raise UserError(f"{folder} holds something else than a teacher's answers; name another folder with --teacher-cache")
         if known is not None and known != self.facts:
             raise UserError(f"the answers in {folder} {_differing(known, self.facts)}; name another folder, or --teacher-cache auto")
@@ -220,11 +221,7 @@ def _differing(known: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+    with whole_file(path, shared=True) as beside:
+        beside.write_bytes(content)
