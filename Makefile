@@ -2,7 +2,7 @@
 # make faults: ends runs at 200 random moments, takes them up again and counts, into faults/; can be ended and started again itself.
 # make hostile: bad and hostile input, with counts.   make fuzz: every parser, FUZZ_SECONDS each.   make audit: known holes in what is installed.
 # make lower-bounds: the tests with the oldest versions that pyproject.toml allows.
-# All set up everything they need in .venv, from a clean clone, with Python 3.10+ and make alone.
+# All set up everything they need in .venv, from a clean clone, with Python 3.11+ and make alone.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -32,10 +32,11 @@ fuzz: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz
 
-audit: .venv/installed
+audit: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'
 	$(BIN)/pip-audit --skip-editable
 
+# Old packages warn of what newer ones have deprecated: here, unlike in `make test`, a warning is no failure.
 # LOWER names requirements that replace lower bounds, such as LOWER='torch==2.14.1 torchvision==0.29.1' where those are too large to fetch.
 lower-bounds:
 	$(PYTHON) -m venv .venv-lower
@@ -43,7 +44,7 @@ lower-bounds:
 	printf '%s\n' $(LOWER) > .venv-lower/overrides.txt
 	.venv-lower/bin/uv pip compile --quiet --resolution lowest-direct --override .venv-lower/overrides.txt --extra test pyproject.toml -o .venv-lower/lowest.txt
 	.venv-lower/bin/uv pip install --quiet --python .venv-lower/bin/python -r .venv-lower/lowest.txt -e .
-	OMP_NUM_THREADS=1 .venv-lower/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv-lower/bin/python -m pytest -n 2 -W default --disable-warnings
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

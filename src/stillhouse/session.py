@@ -331,7 +331,7 @@ class Session:
                 "val": len(self.data.val),  # type: ignore[arg-type]
                 "skipped": self.skipped,
             },
-            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
 
     def hashes(self) -> dict[str, str | None]:
