@@ -137,7 +137,7 @@ class TimedStudy:
             f"{teacher.facts['data']['val']} validation images; the last epoch, never the best. Time: of the runs themselves, loading and "
             "filling a cache included, ratios paired by seed; all arms of a seed ran one after the other. The epochs in the last columns "
             f"are those an arm gets through while {REFERENCE} has its {experiment.recipe['epochs']}. Memory: what a process of its own "
-            "needs for the checks, a few steps and an evaluation, at its peak, beyond its libraries."
+            "needs at its peak for the checks, a few steps and an evaluation, libraries that it loads on the way included."
         )
         columns = [*("arm", "ms an image", "× labels only", f"× {REFERENCE}", "top-1, %", f"minus {REFERENCE}, paired")]
         columns += ["epochs in its time", "top-1 then, %", "memory, MB"]
@@ -160,7 +160,7 @@ class TimedStudy:
 
 
 def memory_alone(arm: Arm, settings: dict[str, Any]) -> int:
-    """Bytes that a process needs at its peak beyond its libraries, where nothing has been before."""
+    """Bytes that a process needs at its peak, where nothing has been before."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
         return alone.submit(_memory, arm, settings | SMOKE).result()
 
