@@ -293,11 +293,15 @@ def _update(student: nn.Module, loss: Callable[[], Any]) -> Step:
 
 
 def _networks(student: str, teacher: str) -> tuple[Callable[[], Any], Callable[[], Any], int]:
+    asked = timm.create_model(student).pretrained_cfg
+
     def make(name: str) -> Any:
         torch.manual_seed(0)
-        return timm.create_model(name)
+        network = timm.create_model(name)
+        network.pretrained_cfg = asked  # mean and std too, for by hand and in timm's task both networks get the same images
+        return network
 
-    return lambda: make(student), lambda: make(teacher), make(student).pretrained_cfg["input_size"][-1]
+    return lambda: make(student), lambda: make(teacher), asked["input_size"][-1]
 
 
 def _toys(student: str, teacher: str) -> tuple[Callable[[], Any], Callable[[], Any], int]:
