@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +116,33 @@ def test_int8_errs_by_what_rounding_to_bytes_explains() -> None:
         error = (found - exact).reshape(48, 32).abs()
     assert (error <= 1.01 * most + BF16 * exact.reshape(48, 32).abs()).all()
     assert error.max() > 0.01 * most.max(), "int8 products were not computed at all"
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"])
+def test_the_last_block_computes_what_is_read_of_it(openvino: None, name: str) -> None:
+    """The answer is the same to rounding, whoever looks at a layer sees all its tokens, and so does who asks for features."""
+    low, _ = lowered(tiny(name, embed_dim=48), "int8", CPU)
+    answered: list[tuple[int, ...]] = []
+    last: Any = low.blocks[-1]
+    infer = last.prefix_request.infer
+    last.prefix_request = SimpleNamespace(infer=lambda *given, **named: answered.append(given[0][0].shape) or infer(*given, **named))
+    with torch.no_grad():
+        alone = low(images())
+        assert len(answered) == 1
+        everything = low.forward_features(images())
+        for layer in ("blocks.1", "norm", "blocks"):
+            watched = copy.deepcopy(low)
+            tap = Tap(watched, layer)
+            torch.testing.assert_close(watched(images()), alone, rtol=0.02, atol=0.02)
+            assert tap.take().shape == everything.shape
+    assert everything.shape[1] == low.num_prefix_tokens + 16 == answered[0][1]
+    assert len(answered) == 1
+
+
+def test_the_last_block_computes_all_where_all_is_read(openvino: None) -> None:
+    low: Any = lowered(tiny(embed_dim=48, global_pool="avg"), "int8", CPU)[0]
+    assert low.blocks[-1].of_prefix is None
+    assert low(images()).shape == (len(images()), CLASSES)
 
 
 def test_patches_are_embedded_in_bf16_where_the_cpu_can(in_int8: nn.Module) -> None:

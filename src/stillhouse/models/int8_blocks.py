@@ -4,7 +4,8 @@ The network stays what it is around its blocks: where tokens are embedded, chose
 tokens, and hooks on whole blocks see what they return. Weights have a scale for each output channel. Activations get theirs as they come,
 one for each token (several where a layer is wider than the block), so no image depends on the others of its batch and nothing has to be
 calibrated. What is not a linear layer, and the embedding of patches, is computed in bf16 where the CPU can, else in fp32; between blocks
-everything is fp32.
+everything is fp32. Where a timm ViT is asked for its answer alone and that is read from the class token, the last block's MLP runs on the
+prefix tokens only: nobody looks at what it would make of the patches.
 """
 
 from __future__ import annotations
@@ -57,12 +58,15 @@ class Int8Block(nn.Module):
     Args:
         compiled: OpenVINO's `CompiledModel` of one input and one output, for any batch and number of tokens.
         shapes: the block on the meta device, for who counts its weights or its arithmetic.
+        of_prefix: another one, of the same block's prefix tokens alone, which answers while `whole` is False.
     """
 
-    def __init__(self, compiled: Any, shapes: nn.Module) -> None:
+    def __init__(self, compiled: Any, shapes: nn.Module, of_prefix: Any = None) -> None:
         super().__init__()
         self.compiled, self.request = compiled, compiled.create_infer_request()
+        self.of_prefix, self.prefix_request = of_prefix, of_prefix.create_infer_request() if of_prefix is not None else None
         self._shapes = (shapes,)  # no submodule: it has no values
+        self.whole = True
         self.eval()
 
     @property
@@ -80,18 +84,19 @@ class Int8Block(nn.Module):
             raise UserError("no gradient can pass through a teacher in int8; use --teacher-precision fp32 or bf16")
         if _tensors((rest, named)):
             raise UserError("a block in int8 takes tokens alone, but was given a mask or positions too; use --teacher-precision bf16")
-        found = self.request.infer([tokens.detach().float().contiguous().numpy()], share_inputs=True)
+        request: Any = self.request if self.whole else self.prefix_request
+        found = request.infer([tokens.detach().float().contiguous().numpy()], share_inputs=True)
         return torch.from_numpy(found[0])
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if ending():  # nothing is left to call, and no signal will come
             return
         with signal_stack_kept():
-            self.request = self.compiled = None
+            self.request = self.compiled = self.prefix_request = self.of_prefix = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Block:
         """Another one on the same compiled weights."""
-        return Int8Block(self.compiled, self.shapes)
+        return Int8Block(self.compiled, self.shapes, self.of_prefix)
 
 
 def with_int8_blocks(network: nn.Module) -> nn.Module:
@@ -113,19 +118,57 @@ def with_int8_blocks(network: nn.Module) -> nn.Module:
             f"{type(network).__name__} cannot be put into int8: most of its weights are not in linear layers of blocks that take tokens "
             "alone (convolutions and rotary positions are not among them); use --teacher-precision bf16"
         )
+    last = _read_from_prefix(network)
     for name, (inputs, named) in examples.items():
         block = network.get_submodule(name)
         try:
             with signal_stack_kept():
                 compiled = _compiled(_OfTokens(block, inputs[1:], named), inputs[0])
+                of_prefix = _compiled(_OfTokens(_OfPrefix(block, network), (), {}), inputs[0]) if block is last else None
         except Exception as error:  # whatever export or OpenVINO cannot do; both have errors of their own
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{name} of {type(network).__name__} cannot be put into int8 ({reason}); use bf16") from error
-        network.set_submodule(name, Int8Block(compiled, block.to("meta")))
+        network.set_submodule(name, Int8Block(compiled, block.to("meta"), of_prefix))
+    if last is not None:
+        network.register_forward_pre_hook(_begin_answer)
+        network.register_forward_hook(_end_answer, always_call=True)
     embedding = embedding_of(network)
     if embedding is not None and torch.cpu._is_avx512_bf16_supported():
         _in_bf16(embedding[0])
     return network
+
+
+def _read_from_prefix(network: Any) -> nn.Module | None:
+    """The last block of a ViT whose answer follows from its prefix tokens alone, behind that block; None for others."""
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    plain = type(network) in (VisionTransformer, VisionTransformerDistilled) and type(network.blocks[-1]) is Block
+    return network.blocks[-1] if plain and network.global_pool == "token" and network.attn_pool is None else None
+
+
+class _OfPrefix(nn.Module):
+    """A last block as far as the prefix tokens go: they attend to all."""
+
+    def __init__(self, block: nn.Module, network: Any) -> None:
+        super().__init__()
+        self.block, self.prefix = block, int(network.num_prefix_tokens)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        block: Any = self.block
+        attended = (tokens + block.ls1(block.attn(block.norm1(tokens))))[:, : self.prefix]
+        answer: Tensor = attended + block.ls2(block.mlp(block.norm2(attended)))
+        return answer
+
+
+def _begin_answer(network: Any, inputs: Any) -> None:
+    """From here to the answer nobody sees the last block's patches, unless they have a hook there."""
+    seen = (network.blocks[-1], network.blocks, network.norm)
+    network.blocks[-1].whole = any(module._forward_hooks or module._forward_pre_hooks for module in seen)
+
+
+def _end_answer(network: Any, inputs: Any, output: Any) -> None:
+    network.blocks[-1].whole = True
 
 
 def _in_bf16(layer: nn.Module) -> None:
