@@ -27,12 +27,12 @@ CLAIM = (
 )
 SHOWED = (
     'keep="auto" was within a standard deviation of the best fixed rate in five of six settings, and its looks took at most 1.2 % of the '
-    "training. **Not shown** with a convolutional student on Fashion-MNIST: 1.3 ± 0.3 points below KD, where labels alone are better than any "
-    "teacher. On digits it saved 8 to 28 % of the teacher, less than would have done no harm (half the patches); on Fashion-MNIST, where "
-    "masking harms, nothing, or with that student a quarter. The default tolerance was set after the two settings with the large teacher and "
-    "a transformer student had been seen at 0.5; the other four had not. At the same cost a larger teacher on a quarter of the patches taught "
-    "as well as a smaller one on all on digits (-0.1 ± 0.6 points) and far worse on Fashion-MNIST (-20 ± 13): fewer patches only pay where "
-    "they do no harm, and then the smaller teacher is no worse"
+    "training. **Not shown** with a convolutional student on Fashion-MNIST: 1.3 ± 0.3 points below KD, where labels alone are better than "
+    "any teacher. On digits it saved 8 to 28 % of the teacher, less than would have done no harm (half the patches); on Fashion-MNIST, "
+    "where masking harms, nothing, or with that student a quarter. The default tolerance was set after the two settings with the large "
+    "teacher and a transformer student had been seen at 0.5; the other four had not. At the same cost a larger teacher on a quarter of "
+    "the patches taught as well as a smaller one on all on digits (-0.1 ± 0.6 points) and far worse on Fashion-MNIST (-20 ± 13): fewer "
+    "patches only pay where they do no harm, and then the smaller teacher is no worse"
 )
 FIXED = {"KD": 1.0, "75 %": 0.75, "50 %": 0.5, "25 %": 0.25, "15 %": 0.15}
 ARMS = (
