@@ -47,7 +47,7 @@ def test_parts_of_a_step(name: str, tmp_path: Path) -> None:
     learner = distiller(name)
     preprocessing = input_of(learner.student, data())
     recipe = Recipe(**RECIPE | {"log_every": 1})
-    found = profile(learner, data(), transforms_of(preprocessing, data(), {}), preprocessing, recipe, tmp_path, rounds=3)
+    found = profile(learner, data(), transforms_of(preprocessing, data(), {}), preprocessing, recipe, tmp_path, rounds=1)
     rows = {row["part"]: row for row in found}
     assert [*rows] == [part for part in (*PARTS, "step") if part in rows]
     assert {"data", "student forward", "losses", "backward", "optimiser", "logging", "step"} <= rows.keys()
@@ -62,7 +62,7 @@ def test_parts_of_a_step(name: str, tmp_path: Path) -> None:
     assert rows["step"]["flops"] == sum(row["flops"] for part, row in rows.items() if part != "step")
     assert rows["step"]["bound_s"] == pytest.approx(sum(row["bound_s"] for part, row in rows.items() if part != "step"))
     assert rows["step"]["share"] == 1
-    assert sum(row["share"] for part, row in rows.items() if part != "step") == pytest.approx(1, abs=0.3)  # medians of three steps
+    assert sum(row["share"] for part, row in rows.items() if part != "step") == pytest.approx(1)  # of one step
     assert "forward" not in vars(learner)
     assert "scores" not in vars(learner)
     assert not any(learner.student._forward_pre_hooks or module._forward_pre_hooks for module in learner.children())
