@@ -120,6 +120,7 @@ class OnSomeTokens(nn.Module):
         if found is not None:
             convolution, positions = found
             self.gate.embeds = _KeptPatches(convolution, positions, self.gate)
+            self.before = model.get_parameter(positions).shape[1] - self.patches if positions else 0  # rows of that table for prefix tokens
             convolution.forward = self.gate.embeds  # type: ignore[assignment]
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Any:
@@ -135,7 +136,7 @@ class OnSomeTokens(nn.Module):
     def _positions(self, name: str, keep: Tensor) -> dict[str, Tensor]:
         """The rows of the model's position table, by its name, that belong to the tokens which are embedded."""
         table = self.model.get_parameter(name)
-        return {name: gather_tokens(table.expand(len(keep), -1, -1), keep, table.shape[1] - self.patches)}
+        return {name: gather_tokens(table.expand(len(keep), -1, -1), keep, self.before)}
 
     @property
     def preprocessing(self) -> Preprocessing | None:
