@@ -34,11 +34,11 @@ SHOWED = (
     "on Fashion-MNIST an int8 teacher teaches as well as one in fp32, and one whose answers about two views are kept as well as one that "
     "is asked, in about half of the time of timm's distillation or less. MaskedKD does **not** keep the accuracy in these small and short "
     "settings, in int8 or not: 14 points are lost on half of the patches and 29 on a quarter, 8 and 9 with the pretrained teacher; on "
-    'digits, where masking is harmless, it is as good in int8 as full KD. keep="auto" loses 2 to 5 points on average, nearly all in one '
+    'digits, where masking is harmless, it is as good in int8 as full KD. keep="auto" loses 2 to 4 points on average, nearly all in one '
     "seed of three, where it took fewer patches before the first step, and so short a training pays for no second look. In equal time no "
     "arm beats plain training, which gets through four to ten times the epochs; cached answers come up to it with the first teacher. With "
     "the pretrained one, whose steps cost ten times plain training's, the cheapest arms come next after it: MaskedKD in int8 on a quarter "
-    "of the patches"
+    "of the patches. The arms with auto and Fashion-MNIST's first teacher were run after the others"
 )
 REFERENCE = "timm's distillation"
 """What others are compared with, and whose time all arms get in the second half."""
