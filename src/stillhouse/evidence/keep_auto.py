@@ -9,12 +9,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from stillhouse.distillers.keeping import BUDGET, TOLERANCE
 from stillhouse.evidence.experiment import Arm, Experiment, Study
-from stillhouse.evidence.table import spread
+from stillhouse.evidence.table import markdown, spread
 from stillhouse.masks.keep_rate import PROBES, KeepRate
 from stillhouse.measure.flops import macs
+from stillhouse.models.taps import empty_image
 from stillhouse.models.tokens import OnSomeTokens
 from stillhouse.report.numbers import si
 from stillhouse.run import Run
@@ -98,8 +100,8 @@ class RatesStudy(Study):
                 OnSomeTokens(self.teacher.student).patches,
                 lambda count: macs(self.teacher.student, self.shape(), count),
                 macs(run.student, self.shape()),
-                tolerance=0.1,
-                budget=1.0,
+                TOLERANCE,
+                BUDGET,
             )
             steps, batch = int(read_table(run.folder / "train.csv")[-1]["step"]), self.experiment.recipe["batch"]
             rate.due(0, steps, batch)  # settles how many looks there are
@@ -109,8 +111,7 @@ class RatesStudy(Study):
 
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
-        network: Any = self.teacher.student
-        return (network.patch_embed.proj.in_channels, *network.patch_embed.img_size)
+        return cast(tuple[int, int, int], tuple(empty_image(self.teacher.student).shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,6 @@ def setting(study: Study) -> str:
         f"{experiment.headline(study.teacher):.1%}. {shared}. Mean ± standard deviation over seeds {', '.join(map(str, study.seeds))}; "
         f"{study.teacher.facts['data']['val']} validation images; the last epoch, never the best."
     )
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 CNN = "timm/resnet10t:output_stride=8,channels=(8,16,32,32),stem_width=8"

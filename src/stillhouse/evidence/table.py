@@ -49,7 +49,7 @@ def _study(study: Study) -> list[str]:
         f"{', '.join(map(str, study.seeds))}; {teacher.facts['data']['val']} validation images; the last epoch, never the best."
         f"{_how_searched(experiment)}"
     )
-    return [setting, "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows])]
+    return [setting, markdown(columns, rows)]
 
 
 def _how_searched(experiment: Experiment) -> str:
@@ -66,12 +66,12 @@ def _how_searched(experiment: Experiment) -> str:
     )
 
 
-def _row(study: Study, arm: Arm, extra: list[str]) -> str:
+def _row(study: Study, arm: Arm, extra: list[str]) -> list[str]:
     values, first = _headlines(study, arm.name), study.experiment.arms[0].name
     reference, teacher = _headlines(study, first), 100 * study.experiment.headline(study.teacher)
     difference = spread([a - b for a, b in zip(values, reference, strict=True)], sign=True) if arm.name != first else ""
     retained = [spread([100 * value / teacher for value in values])] if study.experiment.retained else []
-    return f"| {' | '.join([arm.name, spread(values), difference, *retained, *extra])} |"
+    return [arm.name, spread(values), difference, *retained, *extra]
 
 
 SECOND = ("map_50", "accuracy")
@@ -164,6 +164,11 @@ def _steps(study: Study) -> dict[str, str]:
 
 def _headlines(study: Study, arm: str) -> list[float]:
     return [100 * study.experiment.headline(run) for run in study.runs[arm]]
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def spread(values: Sequence[float], sign: bool = False, digits: int = 1) -> str:

@@ -3,9 +3,9 @@
 The network stays what it is around its blocks: where tokens are embedded, chosen and read out nothing changes, so it runs on some of its
 tokens, and hooks on whole blocks see what they return. Weights have a scale for each output channel. Activations get theirs as they come,
 one for each token (several where a layer is wider than the block), so no image depends on the others of its batch and nothing has to be
-calibrated. What is not a linear layer, and the embedding of patches, is computed in bf16 where the CPU can, else in fp32; between blocks
-everything is fp32. Where a timm ViT is asked for its answer alone and that is read from the class token, the last block's MLP runs on the
-prefix tokens only: nobody looks at what it would make of the patches.
+calibrated. What is not a linear layer is computed in bf16 where the CPU can, else in fp32; between blocks everything is fp32. Where a timm
+ViT is asked for its answer alone and that is read from the class token, the last block's MLP runs on the prefix tokens only: nobody looks
+at what it would make of the patches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.models.taps import empty_image
-from stillhouse.models.tokens import embedding_of
 
 
 class _SignalStack(ctypes.Structure):
@@ -132,9 +131,6 @@ def with_int8_blocks(network: nn.Module) -> nn.Module:
     if last is not None:
         network.register_forward_pre_hook(_begin_answer)
         network.register_forward_hook(_end_answer, always_call=True)
-    embedding = embedding_of(network)
-    if embedding is not None and torch.cpu._is_avx512_bf16_supported():
-        _in_bf16(embedding[0])
     return network
 
 
@@ -169,13 +165,6 @@ def _begin_answer(network: Any, inputs: Any) -> None:
 
 def _end_answer(network: Any, inputs: Any, output: Any) -> None:
     network.blocks[-1].whole = True
-
-
-def _in_bf16(layer: nn.Module) -> None:
-    """The layer computes in bf16, whatever it is given, and answers in fp32."""
-    layer.to(torch.bfloat16)
-    layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].to(torch.bfloat16), *inputs[1:]))
-    layer.register_forward_hook(lambda layer, inputs, output: output.float())
 
 
 def _examples(network: nn.Module) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:

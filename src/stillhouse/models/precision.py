@@ -3,7 +3,7 @@
 | precision | on | what computes |
 |---|---|---|
 | bf16, fp16 | CPU, CUDA; CUDA | PyTorch; weights and activations of that type |
-| int8 | CPU with VNNI or AMX | OpenVINO, block by block (`stillhouse.models.int8_blocks`) |
+| int8 | CPU with VNNI or AMX | OpenVINO, block by block (`stillhouse.models.int8_blocks`); patches are embedded in bf16 where the CPU can |
 | int8, fp8 | CUDA | torchao: weights a scale a channel, activations a scale a token, sums in int32 or fp32; the rest in bf16 |
 
 Hooks on whole blocks see what they return in every precision. Inside of blocks there is nothing to hook where OpenVINO computes them.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.models.int8_blocks import Int8Block, with_int8_blocks
+from stillhouse.models.tokens import embedding_of
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 
@@ -41,7 +42,10 @@ def lowered(network: nn.Module, precision: str, device: torch.device) -> tuple[n
         )
     network = copy.deepcopy(network).requires_grad_(False).eval().to(device)
     if precision == "int8" and not on_cuda:
-        return with_int8_blocks(network), "openvino"
+        embedding = embedding_of(with_int8_blocks(network))
+        if embedding is not None and torch.cpu._is_avx512_bf16_supported():
+            cast(embedding[0], torch.bfloat16).register_forward_hook(lambda layer, inputs, output: output.float())
+        return network, "openvino"
     if precision in ("int8", "fp8"):
         return with_torchao(network, precision), "torchao"
     return cast(network, torch.float16 if precision == "fp16" else torch.bfloat16), "torch"
