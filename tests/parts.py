@@ -45,7 +45,7 @@ def kind_of(name: str) -> str:
     return distillers.find(name).tasks[0]
 
 
-def student_for(name: str, seed: int = 1) -> nn.Module:
+def student_for(name: str, seed: int = 1, task: str = "") -> nn.Module:
     build = {
         "classify": tiny,
         "regress": tiny,
@@ -54,34 +54,35 @@ def student_for(name: str, seed: int = 1) -> nn.Module:
         "segment": tiny_segmenter,
         "generate": lambda seed: tiny_generator(seed, shape=(3, SIDE, SIDE)),
     }
-    return OF_ITS_OWN[name](seed)["student"] if name in OF_ITS_OWN else build[kind_of(name)](seed=seed)
+    return OF_ITS_OWN[name](seed)["student"] if name in OF_ITS_OWN else build[task or kind_of(name)](seed=seed)
 
 
-def teacher_for(name: str) -> nn.Module:
+def teacher_for(name: str, task: str = "") -> nn.Module:
     """With dropout where it is easily had, to be seen if the teacher is ever in training mode."""
     if name in OF_ITS_OWN:
         return OF_ITS_OWN[name](1)["teacher"]
-    if kind_of(name) in ("classify", "encode"):
-        classes = {"num_classes": 0} if kind_of(name) == "encode" else {}
+    task = task or kind_of(name)
+    if task in ("classify", "encode"):
+        classes = {"num_classes": 0} if task == "encode" else {}
         return tiny("deit3_small_patch16_224", seed=2, embed_dim=48, proj_drop_rate=0.5, **classes)
-    if kind_of(name) == "generate":
+    if task == "generate":
         return tiny_generator(2, shape=(3, SIDE, SIDE))
-    return tiny_detector(seed=2, width=16) if kind_of(name) == "detect" else tiny_segmenter(seed=2, width=16, drop=0.5)
+    return tiny_detector(seed=2, width=16) if task == "detect" else tiny_segmenter(seed=2, width=16, drop=0.5)
 
 
-def networks_for(name: str) -> dict[str, nn.Module]:
-    """All that the method takes."""
+def networks_for(name: str, task: str = "") -> dict[str, nn.Module]:
+    """All that the method takes, by default for the first of its tasks."""
     if name in NEEDS:
         pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed")
     if name in OF_ITS_OWN:
         return OF_ITS_OWN[name](1)
     kind = distillers.find(name)
-    found = {"student": student_for(name)}
+    found = {"student": student_for(name, task=task)}
     if "teacher" in distillers.networks(name):
-        found["teacher"] = teacher_for(name)
+        found["teacher"] = teacher_for(name, task)
     for number, (other, parameter) in enumerate(distillers.others(name).items()):
         if parameter.default is inspect.Parameter.empty:
-            found[other] = teacher_for(name) if other in kind.frozen else student_for(name, seed=3 + number)
+            found[other] = teacher_for(name, task) if other in kind.frozen else student_for(name, 3 + number, task)
     return found
 
 

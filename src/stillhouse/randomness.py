@@ -76,7 +76,7 @@ def uniform(rows: int, columns: int, device: torch.device) -> Tensor:
         return torch.rand(rows, columns, device=device)
     seed, step, ids = here
     start = seed_from(seed, "uniform", step)
-    counter = (ids.to(device)[:, None] * columns + torch.arange(columns, device=device)[None]) ^ start
+    counter = (ids.to(device, non_blocking=True)[:, None] * columns + torch.arange(columns, device=device)[None]) ^ start
     return (_mixed(counter) & 0xFFFFFF).float() / 2**24
 
 

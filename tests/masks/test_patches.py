@@ -26,6 +26,7 @@ def test_the_shuffle_is_taken_back_and_each_sample_hides_as_many(batch: int, pat
     assert drawn.keep.shape == (batch, count)
     assert torch.equal(drawn.mask.sum(1), torch.full((batch,), float(patches - count)))
     assert torch.equal(drawn.mask.gather(1, drawn.keep), torch.zeros(batch, count)), "what is kept is not hidden"
+    assert torch.equal(drawn.hidden.flatten(), drawn.mask.nonzero()[:, 1])
     laid = torch.cat([drawn.keep, torch.full((batch, patches - count), -1)], dim=1).gather(1, drawn.restore)
     places = torch.arange(patches).expand(batch, -1)
     assert torch.equal(laid, torch.where(drawn.mask.bool(), -1, places)), "restore lays every visible patch back in its place"

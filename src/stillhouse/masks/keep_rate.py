@@ -117,7 +117,7 @@ class KeepRate:
     def show(self, device: torch.device) -> None:
         """Lays out `figures`: what is kept and what the last look found, for curves."""
         named = {"keep": LADDER[self.rung], "turned": self.turned, "student_distance": self.distance}
-        self.figures = {name: torch.tensor(value, device=device) for name, value in named.items()}
+        self.figures = {name: torch.full((), value, device=device) for name, value in named.items()}
 
     def state(self) -> list[float]:
         """What a checkpoint has to hold."""

@@ -27,6 +27,11 @@ class Masking(NamedTuple):
     mask: Tensor
     restore: Tensor
 
+    @property
+    def hidden(self) -> Tensor:
+        """Indices of the hidden patches, int64 [B, N - K], in the order of their places. Does not wait for the device."""
+        return self.mask.argsort(dim=1, descending=True, stable=True)[:, : self.mask.shape[1] - self.keep.shape[1]]
+
 
 def visible_count(masked: float, patches: int) -> int:
     """How many of `patches` stay visible: int(patches (1 - masked)), as MAE's code rounds.

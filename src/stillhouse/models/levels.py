@@ -244,6 +244,7 @@ def _shares(frame_S: Frame | None, frame_T: Frame | None) -> list[tuple[float, f
 def _resized(maps: Tensor, size: torch.Size, shares: list[tuple[float, float]] | None) -> Tensor:
     if shares is not None:  # at x of the teacher's map, in [-1, 1], stands what the student has at share * (x + 1) - 1
         moves = [[[x, 0.0, x - 1], [0.0, y, y - 1]] for y, x in shares]
-        grid = F.affine_grid(torch.tensor(moves, device=maps.device), [len(maps), 1, *size], align_corners=False)
+        theta = torch.tensor(moves).to(maps.device, non_blocking=True)
+        grid = F.affine_grid(theta, [len(maps), 1, *size], align_corners=False)
         return F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False).to(maps.dtype)
     return maps if maps.shape[-2:] == size else F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

@@ -108,7 +108,7 @@ class KRRST(Distiller):
         known = preprocessing_of(self.student)
         mean, std = (known.mean, known.std) if known else ((0.0,) * images.shape[1], (1.0,) * images.shape[1])
         shift, scale = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
-        self.data = Condensed(images * scale + shift, targets, mean, std).to(images.device)
+        self.data = Condensed(images * scale + shift, targets, mean, std)
         fresh = [PoolNetwork(self.student, targets.shape[1], images) for _ in range(self.pool + HELD_OUT)]
         self.networks, self.held_out = nn.ModuleList(fresh[: self.pool]), nn.ModuleList(fresh[self.pool :]).eval()
         for network in self.networks:

@@ -119,7 +119,8 @@ class FGD(Distiller):
         for image, target, (height, width) in zip(*batch, frame.sizes, strict=True):
             by_y, by_x = height / image.shape[-2], width / image.shape[-1]
             corners = without_crowds(target)["boxes"]
-            moved.append(corners * corners.new_tensor([by_x, by_y, by_x, by_y]))
+            by = torch.tensor([by_x, by_y, by_x, by_y], dtype=corners.dtype)
+            moved.append(corners * by.to(corners.device, non_blocking=True))
         return moved, frame.canvas
 
     @torch.no_grad()

@@ -40,6 +40,7 @@ from stillhouse.losses.pretraining import normalised_kd, whitened_smooth_l1
 from stillhouse.masks.patches import random_masking, visible_count
 from stillhouse.models.mae import Decoder, MaskedAutoencoder, begin_pretraining, check_encoder, check_grids, encode, prefix_of
 from stillhouse.models.outputs import logits_of
+from stillhouse.models.tokens import gather_tokens
 from stillhouse.tasks.labels import label_losses
 
 
@@ -175,7 +176,8 @@ class Generic(Distiller):
             hidden = self.teacher.hidden(self.refeed(images), masking.keep, masking.restore, self.block)
         predicted = self.predictor(self.decoder(encode(self.student, images, masking.keep), masking.restore))
         if self.supervise == "hidden":
-            predicted, hidden = (tokens[:, self.decoder.prefix :][masking.mask.bool()] for tokens in (predicted, hidden))
+            places = masking.hidden + self.decoder.prefix
+            predicted, hidden = (gather_tokens(tokens, places, 0) for tokens in (predicted, hidden))
         return {"hidden": whitened_smooth_l1(predicted, hidden)}
 
     def examined(self, kept: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
