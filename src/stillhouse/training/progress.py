@@ -30,7 +30,8 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.stop()
+        if not self._bar.disable:  # rich before 14.3 ends also a bar that nobody sees with an empty line
+            self._bar.stop()
 
     def advance(self) -> None:
         """One step more is done."""
