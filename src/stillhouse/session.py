@@ -69,12 +69,15 @@ from stillhouse.run_folder import (
 from stillhouse.tasks.base import Task
 from stillhouse.training.batches import on_device
 from stillhouse.training.checkpoint import checkpoints, last_checkpoint
+from stillhouse.training.failures import explained, undisturbed
 from stillhouse.training.loop import Loop
 from stillhouse.training.processes import processes
 
 LOG = logging.getLogger("stillhouse")
 PROBE = 128
 """Validation images on which a teacher in low precision is compared with the same in full precision."""
+KILLED = "this run was killed, most often because memory ran out, or its machine stopped; it goes on after step %d"
+"""Told when it goes on: it could not say so itself."""
 
 
 class Session:
@@ -215,13 +218,17 @@ class Session:
 
     def run_alone(self) -> None:
         """`run`, once nobody else works in the folder."""
+        loop: Loop | None = None
         try:
-            for number, stage in enumerate(self.stages()):
-                loop = self.loop(stage, first=number == 0)
-                metrics = loop.run()
-            self.finish(loop, metrics)
+            with explained(lambda: loop.step if loop is not None else 0):
+                for number, stage in enumerate(self.stages()):
+                    loop = self.loop(stage, first=number == 0)
+                    metrics = loop.run()
+                if loop is not None:
+                    self.finish(loop, metrics)
         except BaseException as error:
-            self.end("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+            with undisturbed():
+                self.end("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
             raise
 
     def loop(self, stage: Stage, first: bool) -> Loop:
@@ -247,6 +254,8 @@ class Session:
         loop = Loop(stage.distiller, data, self.transforms, self.preprocessing, recipe, folder, same, self.folder.name, metric, cache)
         if self.resume:
             loop.load()
+            if first and status(self.folder) == "running" and processes().is_main_process:
+                LOG.warning(KILLED, loop.step)
         if first:
             self.begin(facts)
         folder.mkdir(exist_ok=True)

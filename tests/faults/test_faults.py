@@ -20,7 +20,9 @@ from torch import Tensor
 import stillhouse as sh
 from stillhouse import cli
 from stillhouse.errors import UserError
+from stillhouse.session import Session
 from stillhouse.training.checkpoint import checkpoints, load_checkpoint
+from stillhouse.training.failures import undisturbed
 from stillhouse.training.loop import Loop
 from tests.runs import STUDENT, assert_equal, data, distil, files, weights
 
@@ -72,6 +74,33 @@ def test_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         distil(tmp_path / "run", **EVERY_TWO)
     assert "\n" not in str(caught.value)
     goes_on(tmp_path / "run", whole)
+
+
+def test_memory_runs_out_before_and_after_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = distil(tmp_path / "whole", **EVERY_TWO)
+    for name, step in (("prepare", 0), ("finish", 6)):
+        monkeypatch.setattr(Session, name, lambda *_: torch.empty(2**50, dtype=torch.uint8))
+        with pytest.raises(UserError, match=rf"^memory ran out after step {step} \(.*\): .*--resume"):
+            distil(tmp_path / name, **EVERY_TWO)
+        monkeypatch.undo()
+    assert not (tmp_path / "prepare").exists()
+    goes_on(tmp_path / "finish", whole)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="this system tells nobody that a child has ended")
+def test_a_second_process_that_ends_does_not_disturb_what_is_told_of_the_first() -> None:
+    def handler(*_: Any) -> None:
+        raise RuntimeError("DataLoader worker is killed")
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        with undisturbed():
+            subprocess.run(["true"], check=True)
+        assert signal.getsignal(signal.SIGCHLD) is handler
+        with pytest.raises(RuntimeError, match="is killed"):
+            subprocess.run(["true"], check=True)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_a_memory_limit_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -36,6 +38,19 @@ def explained(step: Callable[[], int]) -> Iterator[None]:
         if not sentence:
             raise
         raise UserError(sentence) from error
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, the end of another loader raises nothing; PyTorch's handler of SIGCHLD may do so between any two lines."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():  # there PyTorch has no handler
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _sentence(error: Exception, step: int) -> str:

@@ -38,7 +38,6 @@ from stillhouse.training.checkpoint import (
     save_checkpoint,
 )
 from stillhouse.training.evaluation import evaluate, learnt
-from stillhouse.training.failures import explained
 from stillhouse.training.interrupt import Interruption
 from stillhouse.training.layout import channels_last, checkpointed
 from stillhouse.training.log import Table, Terms, read_table, refuse_unless_finite
@@ -134,12 +133,11 @@ class Loop:
         Raises:
             Interrupted: after a signal to stop, once a checkpoint is written.
             Diverged: if a loss is not finite; the last checkpoint is from before.
-            UserError: if something cannot be written, memory runs out, or another process is gone or does not answer.
+            UserError: if something cannot be written.
         """
         self.accelerator.init_trackers("stillhouse")
         try:
-            with explained(lambda: self.step):
-                return self.run_from_here()
+            return self.run_from_here()
         finally:
             for tracker in self.accelerator.trackers:  # not `end_training`: it takes the process group away from what comes next
                 tracker.finish()
