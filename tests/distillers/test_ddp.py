@@ -33,7 +33,7 @@ def methods() -> dict[str, Distiller]:
     auto = MaskedKD(tiny(**student), tiny(**teacher), keep="auto", tolerance=0.9)
     auto.prepare([(images(8, seed=9), labels(8))])
     assert auto.rate is not None
-    auto.rate.looks = 2  # more than two steps would pay for: it looks again after the first one
+    auto.rate.looks = 1  # more than two steps would pay for: it looks after the first one
     return {
         "soft": MaskedKD(tiny(**student), tiny(**teacher), keep=5, temperature=2.0, hint=1.0),
         "auto": auto,
@@ -109,10 +109,9 @@ def test_two_processes_are_one(folder: Path, name: str) -> None:
             torch.testing.assert_close(half[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_two_processes_look_again_at_the_same_and_so_keep_the_same(folder: Path) -> None:
+def test_two_processes_look_at_the_same_and_so_keep_the_same(folder: Path) -> None:
     distiller = methods()["auto"].train()
-    begun = float(distiller.watch()["turned"])
     train("auto", distiller, distiller, 0, 1)
-    assert float(distiller.watch()["turned"]) != begun, "it has to look again for this to say anything"
+    assert float(distiller.watch()["turned"]) > 0, "it has to look and to keep less for this to say anything"
     one, other = (load_file(folder / f"auto-{rank}.safetensors")["_extra_state"] for rank in range(2))
     assert torch.equal(one, other)

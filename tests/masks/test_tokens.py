@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from stillhouse.errors import UserError
-from stillhouse.masks.tokens import as_mask, class_attention, feature_norm, highest, keep_count, random_scores, received_attention, resample
+from stillhouse.masks.tokens import (
+    as_mask,
+    class_attention,
+    drawn_scores,
+    feature_norm,
+    highest,
+    keep_count,
+    random_scores,
+    received_attention,
+    resample,
+)
 from stillhouse.randomness import samples
 
 
@@ -154,3 +164,32 @@ def test_random_scores_do_not_depend_on_the_split() -> None:
     for seed, step in ((1, 12), (0, 13)):
         with samples(seed, step, ids):
             assert not torch.equal(random_scores(4, 16, device), whole)
+
+
+def test_drawn_scores_are_draws_without_replacement_with_these_odds() -> None:
+    """Of every ordered pair (i, j): p_i p_j / (1 - p_i), as one draw after the other would give."""
+    odds = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    draws = 40_000
+    torch.manual_seed(1)
+    pairs = highest(drawn_scores(7.0 * odds.expand(draws, -1)), 2)
+    found = torch.zeros(4, 4).index_put((pairs[:, 0], pairs[:, 1]), torch.tensor(1.0), accumulate=True) / draws
+    expected = odds[:, None] * odds[None] / (1 - odds[:, None])
+    expected.fill_diagonal_(0)
+    assert (found - expected).abs().max() < 4 * (0.25 / draws) ** 0.5
+
+
+@given(st.integers(1, 6), st.integers(0, 2**31))
+def test_what_has_no_odds_is_only_drawn_when_nothing_else_is_left(count: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    drawn = highest(drawn_scores(torch.tensor([[0.0, 0.4, 0.0, 0.3, 0.2, 0.1]])), count)[0].tolist()
+    assert len(set(drawn)) == count
+    assert set(drawn[:4]) <= {1, 3, 4, 5}
+
+
+def test_drawn_scores_do_not_depend_on_the_split() -> None:
+    odds = torch.rand(4, 16)
+    with samples(0, 3, torch.arange(4)):
+        whole = drawn_scores(odds)
+    for sample in range(4):
+        with samples(0, 3, torch.tensor([sample])):
+            assert torch.equal(drawn_scores(odds[sample : sample + 1])[0], whole[sample])

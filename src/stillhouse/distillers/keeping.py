@@ -77,10 +77,10 @@ class Keeping(Distiller):
         return self.rate.kept if self.rate is not None else keep_count(self.schedule.at(self.progress), self.patches)
 
     def prepare(self, batches: Iterable[tuple[Any, Any]]) -> None:
-        """Where keep finds itself: remembers the first few of these images to look at, and looks."""
+        """Where keep finds itself: remembers the first few of these images to look at."""
         if self.rate is not None:
             self.probes = torch.stack(list(islice((image for images, _ in batches for image in images), PROBES)))
-            self.revise(self.rate)
+            self.rate.show(self.probes.device)
 
     def after_update(self, clock: Clock) -> None:
         """The schedule of keep follows the training's progress; where keep finds itself, it is revised when that is due."""
@@ -90,7 +90,7 @@ class Keeping(Distiller):
         if self.rate is not None and self.rate.due(clock.step, clock.steps, self.part):
             self.revise(self.rate, clock.step, clock.steps)
 
-    def revise(self, rate: KeepRate, *when: int) -> None:
+    def revise(self, rate: KeepRate, step: int, steps: int) -> None:
         """Sees where the teacher pulls the student on each rung and on all patches, and lets the keep rate choose.
 
         The same on every process: the images are, and so are the weights. Not compiled, so that no network is made for a keep never used.
@@ -105,7 +105,7 @@ class Keeping(Distiller):
         whole, *masked = (torch.autograd.grad(loss, logits_S)[0].flatten() for loss in losses)
         turned = [1 - F.cosine_similarity(pull, whole, dim=0) for pull in masked]
         distance, *found = torch.stack([losses[0].detach(), *turned]).tolist()
-        rate.choose([0.0, *found], distance, *when)
+        rate.choose([0.0, *found], distance, step, steps)
         rate.show(whole.device)
 
     def watch(self) -> dict[str, Tensor]:

@@ -105,7 +105,7 @@ class RatesStudy(Study):
             )
             steps, batch = int(read_table(run.folder / "train.csv")[-1]["step"]), self.experiment.recipe["batch"]
             rate.due(0, steps, batch)  # settles how many looks there are
-            looks = (1 + rate.looks) * PROBES * (rate.relative_S + sum(rate.costs))
+            looks = rate.looks * PROBES * (rate.relative_S + sum(rate.costs))
             found.append(looks / (steps * batch * (3 * rate.relative_S + self.teacher_macs(run, "auto") / self.whole())))
         return statistics.mean(found)
 

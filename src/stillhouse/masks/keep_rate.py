@@ -6,7 +6,8 @@ loss by the student's logits, on a few training images, all in one vector,
     turned(K) = 1 - cos(g(teacher on K patches), g(teacher on all patches))
 
 is 0 where masking changes nothing, 1 where the masked teacher pulls at right angles, and above 1 where it pulls back. How far the teacher
-strays counts for more the nearer the student is to it.
+strays counts for more the nearer the student is to it. It is not looked at before the student has learnt something: what an untrained
+student would show the teacher says nothing of what it will show it, so until then all patches are kept, or what the budget allows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from stillhouse.errors import UserError
 LADDER = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15)
 """The shares of patches to choose from."""
 LOOKS = 20
-"""How often it looks at most, more often at the beginning: the i-th of n looks is when (i / n)^2 of the training is done."""
+"""How often it looks at most, more often at the beginning: the i-th of n looks is when (i / (n + 1))^2 of the training is done."""
 OVERHEAD = 0.02
 """The looks' share of the training's multiply-adds, at most."""
 PROBES = 32
@@ -74,20 +75,22 @@ class KeepRate:
     def due(self, step: int, steps: int, batch: int) -> bool:
         """Counts an update on `batch` images, of which `step` of `steps` are done; whether it is time to look.
 
-        How many looks there will be is settled at the first one: at most `LOOKS`, and no more than `OVERHEAD` pays for if the training
-        were as cheap as it can get. The one before the first step, and the whole teacher's, are paid for as well.
+        How many looks there will be is settled at the first update: at most `LOOKS`, and no more than `OVERHEAD` pays for if the training
+        were as cheap as it can get.
         """
         self.spent += self.costs[self.rung]
         if self.looks < 0:
             look, update = PROBES * (self.relative_S + sum(self.costs)), batch * (3 * self.relative_S + self.costs[-1])
-            self.looks = max(0, min(LOOKS, int(OVERHEAD * steps * update / look) - 1))
-        number = int(self.looks * math.sqrt(step / steps) + 1e-9)
+            self.looks = min(LOOKS, int(OVERHEAD * steps * update / look))
+            if not self.looks:
+                self._news = f"keep {LADDER[self.rung]:g}, to the end: so short a training does not pay for finding another"
+        number = int((self.looks + 1) * math.sqrt(step / steps) + 1e-9)
         if number <= self.looked or step >= steps:
             return False
         self.looked = number
         return True
 
-    def choose(self, turned: Sequence[float], distance: float, step: int = 0, steps: int = 1) -> None:
+    def choose(self, turned: Sequence[float], distance: float, step: int, steps: int) -> None:
         """Takes the rung that these call for, `step` updates of `steps` being done.
 
         Args:
@@ -115,8 +118,9 @@ class KeepRate:
         return told
 
     def show(self, device: torch.device) -> None:
-        """Lays out `figures`: what is kept and what the last look found, for curves."""
-        named = {"keep": LADDER[self.rung], "turned": self.turned, "student_distance": self.distance}
+        """Lays out `figures`: what is kept and, once it has looked, what the last look found, for curves."""
+        named = {"keep": LADDER[self.rung]}
+        named |= {"turned": self.turned, "student_distance": self.distance} if self.looked else {}
         self.figures = {name: torch.full((), value, device=device) for name, value in named.items()}
 
     def state(self) -> list[float]:

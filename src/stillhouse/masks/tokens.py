@@ -50,6 +50,15 @@ def random_scores(batch: int, patches: int, device: torch.device) -> Tensor:
     return uniform(batch, patches, device)
 
 
+def drawn_scores(scores_BN: Tensor) -> Tensor:
+    """Scores whose K highest are K patches drawn without replacement, each time with odds in proportion to `scores` [B, N] >= 0.
+
+    log s - log(-log u) with uniform u (Gumbel top-k, Kool et al. 2019, arXiv 1903.06059). Where all scores are equal: a random choice.
+    """
+    noise = uniform(len(scores_BN), scores_BN.shape[1], scores_BN.device)
+    return scores_BN.log() - (-noise.log()).log()
+
+
 def resample(scores_BN: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
     """Scores [B, rows * columns] from one grid of places on another, bilinear with antialiasing; unchanged when the grids are equal."""
     if grid == to:

@@ -17,7 +17,7 @@ from stillhouse.distillers.classics.kd import KD
 from stillhouse.distillers.classics.scratch import Scratch
 from stillhouse.distillers.supervised.masked_kd import MaskedKD
 from stillhouse.errors import UserError
-from stillhouse.randomness import samples
+from stillhouse.randomness import samples, uniform
 from tests.conftest import CLASSES, PATCHES, images, labels, tiny, tiny_cnn, tiny_transformers
 
 BATCH = images(4), labels(4)
@@ -54,18 +54,20 @@ def on_kept(model: nn.Module, pictures: Tensor, keep: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("keep", [0.25, 0.5, 11, 1.0])
 @pytest.mark.parametrize(("targets", "temperature"), [("soft", 0.5), ("soft", 1.0), ("soft", 4.0), ("hard", 1.0)])
-@pytest.mark.parametrize("by", ["student", "teacher", "lowest", "random"])
+@pytest.mark.parametrize("by", ["student", "teacher", "lowest", "random", "sampled"])
 def test_loss_and_gradients_are_the_formula(keep: float, targets: Any, temperature: float, by: Any) -> None:
     s, t, alpha = student(), teacher(), 0.3
     distiller = MaskedKD(s, t, keep=keep, alpha=alpha, temperature=temperature, targets=targets, by=by)
     with samples(0, 0, torch.arange(4)):
         terms = distiller(BATCH)
-        ranked = {"random": distiller.scores(BATCH[0])} if by == "random" else {}
+        ranked = {"random": uniform(4, PATCHES, BATCH[0].device)}
+        ranked["sampled"] = class_rows(s, BATCH[0]).log() - (-ranked["random"].log()).log()
     ours = gradients(terms, s)
 
     count = keep if isinstance(keep, int) else int(keep * PATCHES)
     with torch.no_grad():
-        ranking = {"student": class_rows(s, BATCH[0]), "teacher": class_rows(t, BATCH[0]), "lowest": -class_rows(s, BATCH[0]), **ranked}[by]
+        ranked |= {"student": class_rows(s, BATCH[0]), "teacher": class_rows(t, BATCH[0]), "lowest": -class_rows(s, BATCH[0])}
+        ranking = ranked[by]
         z_T = on_kept(t, BATCH[0], ranking.argsort(1, descending=True)[:, :count])
     z_S = s(BATCH[0])
     if targets == "soft":
@@ -183,6 +185,15 @@ def finding(make_student: Any = student, **settings: Any) -> MaskedKD:
     return distiller
 
 
+def looked(make_student: Any = student, **settings: Any) -> MaskedKD:
+    """The same after its first look, halfway, at a student that has learnt nothing."""
+    distiller = finding(make_student, **settings)
+    distiller.after_update(Clock(0, 2, 0, 1))
+    distiller.rate.looked = 1
+    distiller.revise(distiller.rate, 1, 2)
+    return distiller
+
+
 def trained(distiller: Any, steps: range, of: int = 400) -> list[int]:
     """What was kept in each of these steps of plain gradient descent."""
     kept = []
@@ -198,17 +209,25 @@ def trained(distiller: Any, steps: range, of: int = 400) -> list[int]:
 
 
 def test_without_tolerance_it_is_plain_distillation_and_without_limit_it_keeps_the_least() -> None:
-    strict, plain = finding(tolerance=0.0), KD(student(), teacher())
+    strict, lenient, plain = finding(tolerance=0.0), finding(tolerance=float("inf")), KD(student(), teacher())
     assert all(torch.equal(strict(BATCH)[name], plain(BATCH)[name]) for name in ("ce", "kd"))
+    strict.rate.looks = lenient.rate.looks = 20
     assert trained(strict, range(12)) == [PATCHES] * 12
-    assert trained(finding(tolerance=float("inf")), range(2)) == [2, 2]
+    assert trained(lenient, range(4)) == [PATCHES, 2, 2, 2], "it does not ask a student that has learnt nothing"
+
+
+def test_too_short_a_training_keeps_all_patches_and_says_so() -> None:
+    lenient = finding(tolerance=float("inf"))
+    assert trained(lenient, range(4), of=4) == [PATCHES] * 4
+    assert lenient.news() == "keep 1, to the end: so short a training does not pay for finding another"
+    assert set(lenient.watch()) == {"keep"}
 
 
 @pytest.mark.parametrize("make_student", [student, lambda: tiny_cnn(1)], ids=["transformer", "convolutional"])
 @pytest.mark.parametrize("targets", ["soft", "hard"])
 def test_keep_follows_from_where_the_masked_teacher_pulls(make_student: Any, targets: Any) -> None:
     """By closed form, on the first 32 images, from a student in eval mode whose batch norms take the images' statistics."""
-    distiller = finding(make_student, tolerance=1.2, temperature=2.0 if targets == "soft" else 1.0, targets=targets)
+    distiller = looked(make_student, tolerance=1.2, temperature=2.0 if targets == "soft" else 1.0, targets=targets)
     pictures = torch.cat([images(20, seed=9), images(20, seed=10)])[:32]
     s, t, tau = copy.deepcopy(distiller.student).eval(), teacher(), distiller.temperature
     for module in s.modules():
@@ -231,7 +250,7 @@ def test_keep_follows_from_where_the_masked_teacher_pulls(make_student: Any, tar
 def test_looking_leaves_the_student_as_it_was() -> None:
     distiller = finding(lambda: tiny_cnn(1))
     before = copy.deepcopy(distiller.student.state_dict())
-    distiller.revise(distiller.rate)
+    distiller.revise(distiller.rate, 1, 2)
     assert distiller.student.training
     assert all(module.training for module in distiller.student.modules())
     assert not distiller.teacher.training
@@ -251,7 +270,7 @@ def test_a_keep_that_finds_itself_goes_on_exactly() -> None:
 
 
 def test_a_keep_that_finds_itself_says_why_and_shows_what_it_found() -> None:
-    distiller = finding(tolerance=float("inf"))
+    distiller = looked(tolerance=float("inf"))
     assert distiller.news().startswith("keep 1 -> 0.15: that turns the teacher's pull by ")
     assert distiller.news() == ""
     assert set(distiller.watch()) == {"keep", "turned", "student_distance"}
@@ -347,9 +366,11 @@ def test_look() -> None:
 
 def test_look_draws_who_looked() -> None:
     """The student's own saliency also where the lowest are shown; the teacher's under its name; a random choice looks nowhere."""
-    drawn = {by: MaskedKD(student(), teacher(), keep=5, by=by).look(BATCH) for by in ("student", "lowest", "teacher", "random")}
-    assert [set(maps) - {"shown"} for maps in drawn.values()] == [{"saliency"}, {"saliency"}, {"teacher looks"}, set()]
-    torch.testing.assert_close(drawn["lowest"]["saliency"], drawn["student"]["saliency"])
+    drawn = {by: MaskedKD(student(), teacher(), keep=5, by=by).look(BATCH) for by in ("student", "lowest", "sampled", "teacher", "random")}
+    assert [set(maps) - {"shown"} for maps in drawn.values()] == [{"saliency"}] * 3 + [{"teacher looks"}, set()]
+    for by in ("lowest", "sampled"):
+        torch.testing.assert_close(drawn[by]["saliency"], drawn["student"]["saliency"])
+    assert not torch.equal(drawn["sampled"]["shown"], drawn["student"]["shown"])
     assert not (drawn["lowest"]["shown"] * drawn["student"]["shown"]).any()
 
 

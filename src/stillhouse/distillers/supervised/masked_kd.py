@@ -15,7 +15,8 @@ the softmax includes the class token's own column, and the terms are mixed as (1
 Our reading: students without a class token rank patches by the mean attention they receive, convolutional students by the norm of their
 last feature map; grids that differ are resampled; keep may follow a schedule; hint and attention transfer are taken on the kept places of
 the last layer's features, as the paper combines MaskedKD with such losses without fixing their form. keep="auto" is our own, for the
-paper leaves open how much to keep (see `stillhouse.masks.keep_rate`).
+paper leaves open how much to keep (see `stillhouse.masks.keep_rate`). So is by="sampled": a small student's highest attention may fall on
+neighbouring places that say little; drawn with its attention as odds, the patches are scattered and still mostly salient.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from stillhouse.distillers.keeping import BUDGET, TOLERANCE, Keeping
 from stillhouse.errors import UserError
 from stillhouse.losses.features import attention_transfer_loss, hint_loss
 from stillhouse.losses.logits import cross_entropy, hard_cross_entropy, kl_divergence
-from stillhouse.masks.tokens import as_mask, highest, random_scores, resample
+from stillhouse.masks.tokens import as_mask, drawn_scores, highest, random_scores, resample
 from stillhouse.models.outputs import logits_of
 from stillhouse.models.taps import SaliencyTap, Tap, as_tokens, feature_channels, last_layer, on_grid
 
@@ -48,8 +49,8 @@ class MaskedKD(Keeping):
         alpha: weight of the teacher, in [0, 1]; 0 is plain training.
         temperature: tau > 0, for soft targets.
         targets: "soft", tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau)); or "hard", cross-entropy with argmax z_T.
-        by: who ranks the patches: "student" (the method); for comparison "teacher" (its own attention, at full cost), "random", or "lowest"
-            (the student's least salient patches).
+        by: who chooses the patches: "student" (the method: those it looks at most) or "sampled" (drawn with its attention as odds); for
+            comparison "teacher" (its own attention, at full cost), "random", or "lowest" (the student's least salient patches).
         hint: weight of a FitNets hint on the kept places, 0 for none.
         attention: weight of attention transfer on the kept places, 0 for none.
         tolerance: of keep="auto": by how much masking may turn the teacher's pull on the student (1 - cosine of the gradients by its
@@ -71,7 +72,7 @@ class MaskedKD(Keeping):
         alpha: float = 0.5,
         temperature: float = 1.0,
         targets: Literal["soft", "hard"] = "soft",
-        by: Literal["student", "teacher", "random", "lowest"] = "student",
+        by: Literal["student", "sampled", "teacher", "random", "lowest"] = "student",
         hint: float = 0.0,
         attention: float = 0.0,
         tolerance: float = TOLERANCE,
@@ -109,13 +110,23 @@ class MaskedKD(Keeping):
 
     def scores(self, images: Tensor) -> Tensor:
         """How much each of the teacher's patches deserves to be seen: fp32 [B, N], on the teacher's grid. The student has just run."""
+        return self.ranked(self.looks(images), images)
+
+    def looks(self, images: Tensor) -> Tensor | None:
+        """Where the student looks, or the teacher: fp32 [B, N] of at least 0, on the teacher's grid; None where nobody is asked."""
         if self.saliency is None:
-            return random_scores(images.shape[0], self.patches, images.device)
+            return None
         if self.by == "teacher":
             self.teach(images)
-        scores, grid = self.saliency.take()
-        scores = resample(scores, grid, self.teacher.grid)
-        return -scores if self.by == "lowest" else scores
+        return resample(*self.saliency.take(), self.teacher.grid)
+
+    def ranked(self, looks: Tensor | None, images: Tensor) -> Tensor:
+        """What follows from that for the choice, as scores."""
+        if looks is None:
+            return random_scores(len(images), self.patches, images.device)
+        if self.by == "sampled":
+            return drawn_scores(looks)
+        return -looks if self.by == "lowest" else looks
 
     def feature_terms(self, keep: Tensor | None) -> dict[str, Tensor]:
         """The losses between features at the places the teacher saw (`keep` [B, K], None for all)."""
@@ -140,10 +151,9 @@ class MaskedKD(Keeping):
         """
         images = batch[0]
         self.student(images)
-        scores = self.scores(images)
-        maps = {"shown": as_mask(highest(scores, self.kept), self.patches)}
-        if self.by != "random":
-            looks = -scores if self.by == "lowest" else scores
+        looks = self.looks(images)
+        maps = {"shown": as_mask(highest(self.ranked(looks, images), self.kept), self.patches)}
+        if looks is not None:
             low, high = looks.amin(1, keepdim=True), looks.amax(1, keepdim=True)
             maps["teacher looks" if self.by == "teacher" else "saliency"] = (looks - low) / (high - low).clamp_min(1e-12)
         return {name: drawn.unflatten(1, self.teacher.grid) for name, drawn in maps.items()}
@@ -152,7 +162,7 @@ class MaskedKD(Keeping):
 def _check_choices(targets: str, by: str, hint: float, attention: float) -> None:
     if targets not in ("soft", "hard"):
         raise UserError(f"targets is '{targets}', expected 'soft' or 'hard'")
-    if by not in ("student", "teacher", "random", "lowest"):
-        raise UserError(f"by is '{by}', expected 'student', 'teacher', 'random' or 'lowest'")
+    if by not in ("student", "sampled", "teacher", "random", "lowest"):
+        raise UserError(f"by is '{by}', expected 'student', 'sampled', 'teacher', 'random' or 'lowest'")
     if not (0 <= hint < float("inf") and 0 <= attention < float("inf")):
         raise UserError(f"hint is {hint} and attention is {attention}, expected finite weights of at least 0")
