@@ -41,7 +41,7 @@ WAITS: dict[str, dict[str, str]] = {
 }
 """By task and by method, what waits for the device, as "file.py:function", and why. A method's own must wait, a task's may."""
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *(("masked_kd", {"by": by}) for by in ("teacher", "random", "lowest")),
+    *(("masked_kd", {"by": by}) for by in ("sampled", "teacher", "random", "lowest")),
     ("masked_kd", {"hint": 1.0, "attention": 1.0, "targets": "hard", "keep": "0:1.0,0.5:0.5"}),
     ("g2sd", {"supervise": "hidden"}),
     ("acam_kd", {"reading": "b", "mask_grad": "joint", "masks": "fixed", "normalise": False, "balanced": False}),

@@ -49,6 +49,8 @@ ARMS = (
     Arm("MaskedKD 75 %", "masked_kd", {"keep": 0.75}),
     Arm("MaskedKD 50 %", "masked_kd", {"keep": 0.5}),
     Arm("MaskedKD 25 %", "masked_kd", {"keep": 0.25}),
+    Arm("sampled 50 %", "masked_kd", {"keep": 0.5, "by": "sampled"}),
+    Arm("sampled 25 %", "masked_kd", {"keep": 0.25, "by": "sampled"}),
     Arm("teacher's attention 50 %", "masked_kd", {"keep": 0.5, "by": "teacher"}),
     Arm("random 50 %", "masked_kd", {"keep": 0.5, "by": "random"}),
     Arm("random 25 %", "masked_kd", {"keep": 0.25, "by": "random"}),
