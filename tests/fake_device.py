@@ -103,8 +103,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
 
 
 def moved(network: nn.Module, device: torch.device = FAKE) -> nn.Module:
-    """`network.to(device)`, also where some of it is there already: fakes cannot be moved to where they are."""
+    """`network.to(device)`, also where some of it is there already: fakes cannot be moved to where they are. What is elsewhere stays."""
     for module in network.modules():
-        if any(each.device != device for each in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if not hasattr(module, "home") and any(each.device != device for each in own):
             module._apply(lambda tensor: tensor.to(device), recurse=False)
     return network

@@ -16,8 +16,8 @@ FLAGS = """
 --cache-storage --cache-top-k --channels-last --checkpointing --clip --compile --config --crop-scale --cutmix --data --ema --epochs
 --eval-every --fused --hflip --hint --inherit --keep --keep-checkpoints --layer-decay --log-every --lr --max-steps --method --min-lr
 --mixup --optimizer --out --overwrite --precision --random-erasing --resume --save-every --seed --smoke --smoothing --student
---student-weights --targets --task --teacher --teacher-cache --teacher-error --teacher-precision --teacher-weights --temperature
---timeout --tolerance --trackers --views --warmup-epochs --weight-decay --workers
+--student-weights --targets --task --teacher --teacher-cache --teacher-device --teacher-error --teacher-precision --teacher-weights
+--temperature --timeout --tolerance --trackers --views --warmup-epochs --weight-decay --workers
 """
 """Of `distill --method masked_kd`: a flag that is renamed breaks somebody's script."""
 

@@ -41,6 +41,7 @@ def check(
     student_weights: str = "random",
     teacher_precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32",
     teacher_error: float = 0.01,
+    teacher_device: str | None = None,
     allow_weak_teacher: bool = False,
     seed: int = 0,
 ) -> list[Finding]:
@@ -56,6 +57,7 @@ def check(
         student_weights: random, pretrained, or a file.
         teacher_precision: as `distill` has it.
         teacher_error: the largest KL divergence from full precision that is accepted, in nats.
+        teacher_device: as `distill` has it.
         allow_weak_teacher: go on although the teacher is no better than chance.
         seed: of the student's random weights.
     """
@@ -70,7 +72,7 @@ def check(
         "data": data,
     }
     given |= {"teacher_weights": teacher_weights, "student_weights": student_weights, "allow_weak_teacher": allow_weak_teacher}
-    given |= {"teacher_precision": teacher_precision, "teacher_error": teacher_error}
+    given |= {"teacher_precision": teacher_precision, "teacher_error": teacher_error, "teacher_device": teacher_device}
     given |= {"allow_partial": False, "bad_data": "skip", "seed": seed}
     return Session(Path(), dict.fromkeys(OWN) | given).check()
 

@@ -22,7 +22,7 @@ from stillhouse.training.recipe import NAMES, Recipe
 AUGMENTATION = frozenset(inspect.signature(train_transform).parameters) - {"preprocessing", "data"}
 OWN = (
     *("method", "teacher", "student", "data", "unlabelled", "task", "teacher_weights", "student_weights", "inherit", "judge"),
-    *("allow_partial", "allow_weak_teacher", "baseline", "bad_data", "teacher_precision", "teacher_error"),
+    *("allow_partial", "allow_weak_teacher", "baseline", "bad_data", "teacher_precision", "teacher_error", "teacher_device"),
 )
 """The settings that are `stillhouse.distill`'s own, not the loop's, the augmentation's or the method's."""
 OF_SEVERAL_TASKS = ("scenes", "voc")

@@ -65,6 +65,7 @@ def distill(
     student_weights: str = "random",
     teacher_precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32",
     teacher_error: float = 0.01,
+    teacher_device: str | None = None,
     inherit: str | nn.Module | None = None,
     judge: str | nn.Module | None = None,
     allow_partial: bool = False,
@@ -96,6 +97,7 @@ def distill(
             training.
         teacher_error: the largest error of a teacher in low precision that is accepted: KL divergence from the same teacher in full
             precision, in nats, mean over validation images.
+        teacher_device: where the teacher computes, such as cuda:1, or cpu; by default where the student does. For one process.
         inherit: a detector or segmenter whose neck and head the student begins with where shapes agree; "teacher" for the teacher.
         judge: a classifier of the same data, in whose eyes generated images are measured; by default one that is trained first, once for
             all runs in a folder.

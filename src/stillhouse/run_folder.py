@@ -15,8 +15,8 @@ import yaml
 
 from stillhouse.errors import UserError, printable
 
-FREE = ("workers", "save_every", "keep_checkpoints", "trackers", "timeout")
-"""The settings that a resume may change: they do not change what is learnt."""
+FREE = ("workers", "save_every", "keep_checkpoints", "trackers", "timeout", "teacher_device")
+"""The settings that a resume may change: they do not change what is learnt, another device no more than by its rounding."""
 PATIENCE = 15.0
 """Seconds that a run waits for a folder in use: what loads images for a process that was killed takes a few to notice it, and until then it
 holds the folder too."""

@@ -69,11 +69,14 @@ from stillhouse.run_folder import (
 from stillhouse.tasks.base import Task
 from stillhouse.training.batches import on_device
 from stillhouse.training.checkpoint import checkpoints, last_checkpoint
+from stillhouse.training.elsewhere import device_of_name, put_elsewhere
 from stillhouse.training.failures import explained, undisturbed
 from stillhouse.training.loop import Loop
 from stillhouse.training.processes import processes
 
 LOG = logging.getLogger("stillhouse")
+MIXED = ("same device", "weight type")
+"""How PyTorch says that devices are mixed up."""
 PROBE = 128
 """Validation images on which a teacher in low precision is compared with the same in full precision."""
 KILLED = "this run was killed, most often because memory ran out, or its machine stopped; it goes on after step %d"
@@ -99,6 +102,7 @@ class Session:
         self.method, self.distiller = distillers.name_of(job["method"]), distillers.find(job["method"])
         self.recipe, self.augmentation, self.settings = split_settings(job["method"], job)
         self.job = job
+        self.teacher_device = self.device_of_teacher()
         opened = open_data(_needed(job, "data"), seed=self.recipe.seed, bad_data=job["bad_data"], task=task_of_job(job))
         self.data = for_method(job["method"], opened, job["task"])
         refuse_other_task(job["method"], self.data)
@@ -111,6 +115,17 @@ class Session:
         self.transforms = transforms_of(self.preprocessing, self.data, self.augmentation)
         self.teacher_hash = weights_hash(self.teacher) if self.teacher is not None else None
         self.precision_error = self.lower_teacher()
+
+    def device_of_teacher(self) -> torch.device | None:
+        """Where the teacher computes; None: where the student does."""
+        named = self.job["teacher_device"]
+        if named is None:
+            return None
+        if "teacher" not in distillers.networks(self.job["method"]):
+            raise UserError(f"method {self.method} has no teacher, but --teacher-device {named} was given; leave it out")
+        if processes(self.recipe.timeout).num_processes > 1:
+            raise UserError(f"--teacher-device {named} is for one process, and these are several, each with a teacher beside its student")
+        return device_of_name(named)
 
     def open_unlabelled(self) -> Data:
         """The images that a stage without labels learns from: those of the data, where no others are named."""
@@ -183,7 +198,7 @@ class Session:
         segments = self.data.task == "segment"
         feed = Refeed(preprocessing_of(self.student), preprocessing_of(self.teacher), keep_shape=segments)
         batches = eval_batches(some_of(self.data.val, PROBE), self.transforms[1], batch=32)
-        device, images = processes().device, (images for _, images, _ in batches)
+        device, images = self.teacher_device or processes().device, (images for _, images, _ in batches)
         self.teacher, error = lowered_within(self.teacher, precision, limit, images, feed, device)
         return error
 
@@ -270,8 +285,17 @@ class Session:
 
     def findings(self, stage: Stage, data: Data) -> list[Finding]:
         """What is seen of a stage that is prepared, before it begins."""
-        found = check_distiller(stage.distiller, data, self.transforms[1], allow_weak_teacher=self.job["allow_weak_teacher"])
-        return found + ([Finding("teacher's precision", str(self.precision_error))] if self.precision_error else [])
+        try:
+            found = check_distiller(stage.distiller, data, self.transforms[1], allow_weak_teacher=self.job["allow_weak_teacher"])
+        except RuntimeError as error:
+            if self.teacher_device is None or not any(sign in str(error) for sign in MIXED):
+                raise
+            raise UserError(
+                f"method {self.method} does not run with its teacher on {self.teacher_device}, which it may ask as a whole only "
+                f"({str(error).splitlines()[0]}); leave --teacher-device out"
+            ) from error
+        asked = {"teacher's precision": self.precision_error, "teacher's device": self.teacher_device}
+        return found + [Finding(what, str(seen)) for what, seen in asked.items() if seen is not None]
 
     def check(self) -> list[Finding]:
         """What is seen of the first stage; nothing is trained or written."""
@@ -289,6 +313,8 @@ class Session:
     def prepare(self, stage: Stage, data: Data) -> None:
         """Lets the stage's distiller see the training set before anything is made of its parameters."""
         device = processes(self.recipe.timeout).device
+        if self.teacher_device is not None and stage.distiller.teacher is not None:
+            put_elsewhere(stage.distiller.teacher, self.teacher_device, device)
         stage.distiller.to(device)
         seen: Any = data.train
         if stage.distiller.prepared_on is not None:
@@ -377,6 +403,7 @@ class Session:
             "teacher": None,
             "teacher_cache": None,
             "teacher_precision": None,
+            "teacher_device": None,
         }
         folder = self.folder / "baseline"
         resume = (folder / "settings.yaml").is_file()

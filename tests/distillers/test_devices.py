@@ -17,7 +17,8 @@ from stillhouse.distillers.base import Clock, Distiller
 from stillhouse.distillers.supervised.masked_kd import MaskedKD
 from stillhouse.randomness import samples
 from stillhouse.training.batches import on_device
-from tests.fake_device import FAKE, Waits, fake, moved
+from stillhouse.training.elsewhere import put_elsewhere
+from tests.fake_device import FAKE, OTHER, Waits, fake, moved
 from tests.parts import SMALL, batch, networks_for
 
 __all__ = ["fake"]
@@ -54,13 +55,18 @@ EVERY = [
     *((name, task, {}) for name in TRAINED for task in distillers.find(name).tasks),
     *((name, distillers.find(name).tasks[-1], settings) for name, settings in SETTINGS),
 ]
+TAUGHT = [(name, task, settings) for name, task, settings in EVERY if "teacher" in distillers.networks(name)]
+ASK_PARTS = ("dmae", "g2sd", "maskd")
+"""Methods that run parts of their teacher, or reach into it: it cannot be on another device."""
 
 
-def waits_of(waits: Waits, name: str, task: str, settings: dict[str, Any]) -> set[str]:
+def waits_of(waits: Waits, name: str, task: str, settings: dict[str, Any], teacher_at: torch.device | None = None) -> set[str]:
     """What waited while each stage learnt for a step."""
     found: set[str] = set()
     networks: dict[str, Any] = {"teacher": None} | networks_for(name, task)
     for stage in distillers.find(name).stages(**networks, epochs=2, **(SMALL.get(name, {}) | settings)):
+        if teacher_at is not None:
+            put_elsewhere(stage.distiller.teacher, teacher_at, FAKE)
         distiller, data = moved(stage.distiller), on_device(batch(SIZE, task), FAKE)
         if "student" not in distiller.frozen:  # moved parameters are others than those that the stage before let rest
             distiller.student.requires_grad_()
@@ -82,7 +88,9 @@ def step(distiller: Distiller, data: Any) -> None:
         torch.stack(list(terms.values())).sum().backward()
         distiller.zero_grad()
     distiller.after_update(Clock(step=1, steps=2, epoch=0, epochs=1))
-    refuse_unless_there(dict(distiller.named_parameters()) | dict(distiller.named_buffers()))
+    for module in distiller.modules():
+        if not hasattr(module, "home"):
+            refuse_unless_there(dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False)))
 
 
 def refuse_unless_there(tensors: dict[str, Tensor]) -> None:
@@ -93,6 +101,21 @@ def refuse_unless_there(tensors: dict[str, Tensor]) -> None:
 def test_devices_are_not_mixed_up_and_nobody_waits(name: str, task: str, settings: dict[str, Any], fake: Waits) -> None:
     own, of_task = WAITS.get(name, {}).keys(), WAITS.get(task, {}).keys()
     assert own <= waits_of(fake, name, task, settings) <= own | of_task
+
+
+@pytest.mark.parametrize(("name", "task", "settings"), TAUGHT, ids=[" ".join(map(str, each)) for each in TAUGHT])
+def test_a_teacher_may_be_on_another_device(name: str, task: str, settings: dict[str, Any], fake: Waits) -> None:
+    own, of_task = WAITS.get(name, {}).keys(), WAITS.get(task, {}).keys()
+    if name in ASK_PARTS:
+        with pytest.raises(RuntimeError, match="same device"):
+            waits_of(fake, name, task, settings, OTHER)
+    else:
+        assert own <= waits_of(fake, name, task, settings, OTHER) <= own | of_task
+
+
+def test_a_teacher_may_be_on_the_cpu(fake: Waits) -> None:
+    """Then its student's device is waited for: there is nothing to compute on before."""
+    assert waits_of(fake, "masked_kd", "classify", {"hint": 1.0}, torch.device("cpu"))
 
 
 def test_keep_auto_waits_only_when_it_looks(fake: Waits) -> None:

@@ -66,7 +66,7 @@ class CachedTeacher:
         try:
             yield
         finally:
-            del self.teacher.forward
+            self.teacher.forward = self.network  # type: ignore[method-assign]  # of a teacher elsewhere this is Accelerate's
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # a compiled network runs compiled within
     def answer(self, images: Any, *others: Any) -> Any:

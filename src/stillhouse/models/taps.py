@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from stillhouse.errors import UserError, nearest
 from stillhouse.masks.tokens import class_attention, feature_norm, received_attention
@@ -52,8 +54,18 @@ def tap(model: nn.Module, name: str, remember: Callable[[nn.Module, Any, Any], N
         UserError: if the model has no submodule of that name.
     """
     layer: Any = layer_of(model, name)
-    layer.register_forward_hook(remember)
+    layer.register_forward_hook(partial(_tell, remember))
     layer.told = [*getattr(layer, "told", []), remember]
+
+
+def _tell(remember: Callable[[nn.Module, Any, Any], None], layer: nn.Module, inputs: Any, output: Any) -> None:
+    remember(layer, inputs, at_home(output, layer))
+
+
+def at_home(output: Any, layer: nn.Module) -> Any:
+    """What a layer returned, where those are who learn from it, if its network is elsewhere (`stillhouse.training.elsewhere`)."""
+    home: Any = getattr(layer, "home", None)
+    return output if home is None else tree_map_only(Tensor, lambda tensor: tensor.to(home), output)
 
 
 def tapped(model: nn.Module) -> dict[str, list[Callable[[nn.Module, Any, Any], None]]]:
@@ -122,6 +134,7 @@ class SaliencyTap:
             scores = class_attention(queries[:, :, 0], keys, scale, prefix)
         else:
             scores = received_attention(queries, keys, scale, prefix)
+        scores = at_home(scores, attention)
         return scores, grid_of(scores.shape[1], patch_grid(self._model))
 
 
