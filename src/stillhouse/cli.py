@@ -74,6 +74,12 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"stillhouse {name}: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+            raise
+        reason = str(error) or "MemoryError"
+        print(f"stillhouse {name}: memory ran out ({reason}): free some, or raise the limit, which `ulimit -v` shows", file=sys.stderr)
+        return 1
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"stillhouse {name}: {str(error) or 'stopped'}", file=sys.stderr)
         return 128 + getattr(error, "signal", signal.SIGINT)

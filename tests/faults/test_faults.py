@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -133,6 +134,15 @@ def test_a_memory_limit_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert re.search(r"^stillhouse distill: memory ran out after step 3 \(.*\): .*--resume.* --batch .*\n\Z", capsys.readouterr().err, re.M)
     assert load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[-1])[1]["step"] == 2
     goes_on(tmp_path / "run", whole)
+
+
+@pytest.mark.skipif(not STATM.is_file(), reason="this system has no such limits")
+def test_a_memory_limit_too_small_to_import_anything_is_one_sentence(tmp_path: Path) -> None:
+    command = ["sh", "-c", 'ulimit -v 300000 && exec "$@"', "sh", sys.executable, "-m", "stillhouse.cli", "distill", "--out", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1
+    assert re.fullmatch(r"stillhouse distill: memory ran out \(.*\): free some, or raise the limit, which `ulimit -v` shows\n", done.stderr)
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_error_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,8 @@ def export_student(folder: str | Path, to: str, out: str | Path) -> Path:
     - `timm`, `transformers`: for these libraries, of a network of theirs;
     - `torch`: any network, its weights in `out/model.safetensors` and how it is built in `out/config.json`;
     - `onnx`: float32 `images` [B, C, H, W] (any B) to `logits` [B, K], or [B, K, H, W] of a segmenter; `out/config.json` says mean, std
-      and size (a network that takes any size gets 224 x 224).
+      and size (a network that takes any size gets 224 x 224). ONNX Runtime 1.20 to 1.24 was seen to give an FCN other logits than torch
+      with its optimisations on: open the file with 1.25 or newer.
 
     Raises:
         UserError: if `out` exists, the format is unknown, the network is not of that library or a detector, which ONNX cannot hold, or the
