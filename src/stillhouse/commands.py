@@ -298,7 +298,7 @@ def export(run: str | Path, *, to: Literal["timm", "transformers", "onnx", "torc
         out: a new folder.
     """
     from stillhouse.models.saving import export_student
-    from stillhouse.session import student_so_far
+    from stillhouse.unfinished import student_so_far
 
     student_so_far(Path(run))
     return export_student(run, to, out)
