@@ -45,7 +45,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[Loop], A
 
 
 def goes_on(folder: Path, whole: sh.Run) -> None:
-    again = sh.distill(out=str(folder), resume=True)
+    again = sh.distill(out=str(folder), resume=True, workers=0)
     assert again.facts["status"] == "finished"
     assert_equal(weights(again.student), weights(whole.student))
     for name in ("train.csv", "val.csv"):
@@ -53,13 +53,13 @@ def goes_on(folder: Path, whole: sh.Run) -> None:
 
 
 def test_a_process_that_loads_images_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = distil(tmp_path / "whole", **EVERY_TWO, workers=2)
+    whole = distil(tmp_path / "whole", **EVERY_TWO)
 
     def kill(loop: Loop) -> None:
         worker = loop.batches._loader._iterator._workers[0]  # type: ignore[union-attr]
         os.kill(worker.pid, signal.SIGKILL)
         worker.join()
-        loop.batches._loader._iterator._try_get_data(30.0)  # type: ignore[union-attr]  # sees it now, whatever was loaded ahead
+        loop.batches._loader._iterator._try_get_data(1.0)  # type: ignore[union-attr]  # sees it now, whatever was loaded ahead
 
     at_step(monkeypatch, 3, kill)
     with pytest.raises(UserError, match=r"a process that loads images was ended from outside after step 3 \(.*\).*--resume.*--workers"):
