@@ -44,7 +44,7 @@ for name, job in json.loads(sys.argv[1]):
     try:
         sh.distill(out=name, resume=True, **job)
     except sh.Interrupted as error:
-        print(f"{rank}: {error}, {error.signal}", flush=True)
+        os.write(1, f"{rank}: {error}, {error.signal}\\n".encode())  # torchrun's Python would write the line's end for itself
     except sh.UserError as error:
         sys.exit(f"{rank}: {error}")
 """

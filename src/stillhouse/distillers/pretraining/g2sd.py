@@ -176,8 +176,7 @@ class Generic(Distiller):
             hidden = self.teacher.hidden(self.refeed(images), masking.keep, masking.restore, self.block)
         predicted = self.predictor(self.decoder(encode(self.student, images, masking.keep), masking.restore))
         if self.supervise == "hidden":
-            places = masking.hidden + self.decoder.prefix
-            predicted, hidden = (gather_tokens(tokens, places, 0) for tokens in (predicted, hidden))
+            predicted, hidden = (gather_tokens(tokens, masking.hidden + self.decoder.prefix, 0) for tokens in (predicted, hidden))
         return {"hidden": whitened_smooth_l1(predicted, hidden)}
 
     def examined(self, kept: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
