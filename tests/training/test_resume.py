@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from stillhouse import distillers
+from stillhouse.errors import UserError
 from stillhouse.interrupted import Interrupted
 from stillhouse.training.checkpoint import checkpoints, load_checkpoint
+from stillhouse.training.failures import explained
 from tests.runs import assert_equal, distiller, interrupt, loop, weights
 from tests.training.test_loop import duel
 
@@ -117,7 +119,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypat
         update(step, *batch)
 
     monkeypatch.setattr(learner, "update", dying)
-    with pytest.raises(MemoryError, match="no more"):
+    sentence = r"memory ran out after step 9 \(no more\): free some and go on with --resume"
+    with pytest.raises(UserError, match=sentence), explained(lambda: learner.step):  # as a session runs it
         learner.run()
     resumed = distiller("masked_kd")
     again = loop(resumed, tmp_path / "killed", save_every=5, log_every=2, resume=True)

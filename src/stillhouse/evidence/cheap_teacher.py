@@ -195,20 +195,22 @@ RECIPE: dict[str, Any] = {
 DIGITS = "timm/vit_tiny_patch16_224:patch_size=4,weight_init=jax,img_size=16"
 STUDENT = f"{VIT},embed_dim=48,depth=3,num_heads=3"
 TEACHER = f"{VIT},embed_dim=192,depth=4,num_heads=3"
-TEACHER_RECIPE: dict[str, Any] = {"epochs": 4, "lr": 1e-3, "warmup_epochs": 0.5}
+FASHION: dict[str, Any] = {
+    "data": "fashion-mnist:train=1500,val=1500",
+    "teacher_data": "fashion-mnist:train=10000,val=1500",
+    "student": STUDENT,
+    "recipe": RECIPE,
+    "teacher_recipe": {"epochs": 4, "lr": 1e-3, "warmup_epochs": 0.5},
+}
 
 EXPERIMENTS = (
     Timed(
         Experiment(
             name="fashion_mnist",
             title="Fashion-MNIST, 28 x 28; 49 patches; 1,500 training images for the student, 10,000 for the teacher; 1,500 test images",
-            data="fashion-mnist:train=1500,val=1500",
-            teacher_data="fashion-mnist:train=10000,val=1500",
-            student=STUDENT,
             teacher=TEACHER,
-            recipe=RECIPE,
-            teacher_recipe=TEACHER_RECIPE,
             arms=ARMS,
+            **FASHION,
         )
     ),
     Timed(
@@ -230,12 +232,7 @@ EXPERIMENTS = (
         name="used_to_gaps",
         title="As fashion_mnist, with a teacher that is used to gaps: it was trained on half of its patches, others in every step (timm's "
         "patch_drop_rate). For accuracy only",
-        data="fashion-mnist:train=1500,val=1500",
-        teacher_data="fashion-mnist:train=10000,val=1500",
-        student=STUDENT,
         teacher=f"{TEACHER},patch_drop_rate=0.5",
-        recipe=RECIPE,
-        teacher_recipe=TEACHER_RECIPE,
         arms=(
             Arm("KD", "kd"),
             Arm("labels only", "scratch"),
@@ -247,6 +244,7 @@ EXPERIMENTS = (
             Arm("MaskedKD 25 %, sampled, int8", "masked_kd", {"keep": 0.25, "by": "sampled", **INT8}),
             Arm("MaskedKD auto, sampled, int8", "masked_kd", {"keep": "auto", "by": "sampled", **INT8}),
         ),
+        **FASHION,
     ),
     Experiment(
         name="digits",
