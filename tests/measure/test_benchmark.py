@@ -45,3 +45,10 @@ def test_smoke_of_the_students_switches() -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / "student.py", "--smoke"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "timm/test" in done.stdout
+
+
+def test_smoke_of_a_teacher_beside_its_student() -> None:
+    """It compares the answers itself."""
+    done = subprocess.run([sys.executable, BENCHMARKS / "overlap.py", "--smoke"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "teacher beside the student: " in done.stdout
