@@ -393,7 +393,7 @@ def test_every_file_may_meet_a_full_disk(
 
 def test_a_signal_ends_a_real_run_cleanly(tmp_path: Path) -> None:
     arguments = words(max_steps="2000", epochs="1000", eval_every="1000", log_every="1")
-    process = subprocess.Popen([sys.executable, "-m", "stillhouse.cli", *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "stillhouse", *arguments], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "train.csv").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

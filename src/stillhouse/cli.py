@@ -243,7 +243,3 @@ def _show_log(main_process: bool) -> None:
     handler.setFormatter(Printable("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("stillhouse").setLevel(logging.INFO if main_process else logging.WARNING)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -138,7 +138,7 @@ def test_a_memory_limit_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(not STATM.is_file(), reason="this system has no such limits")
 def test_a_memory_limit_too_small_to_import_anything_is_one_sentence(tmp_path: Path) -> None:
-    command = ["sh", "-c", 'ulimit -v 300000 && exec "$@"', "sh", sys.executable, "-m", "stillhouse.cli", "distill", "--out", "run"]
+    command = ["sh", "-c", 'ulimit -v 300000 && exec "$@"', "sh", sys.executable, "-m", "stillhouse", "distill", "--out", "run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 1
     assert re.fullmatch(r"stillhouse distill: memory ran out \(.*\): free some, or raise the limit, which `ulimit -v` shows\n", done.stderr)
