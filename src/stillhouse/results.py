@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stillhouse import tasks
 from stillhouse.data.loading import eval_batches
-from stillhouse.distillers import name_of
+from stillhouse.distillers import name_of, others
 from stillhouse.distillers.base import is_data
 from stillhouse.measure.estimate import estimate
 from stillhouse.measure.flops import macs
@@ -50,6 +50,8 @@ def results(folder: Path, loop: Loop, metrics: dict[str, float]) -> dict[str, An
         if kept:
             facts["keep"] = {"kept": kept, "patches": distiller.patches}
             facts["savings"] = _savings(network, loop.kept["student"], few, len(data.classes), kept, models, loop.accelerator)
+    further = {name: getattr(distiller, name, None) for name in others(type(distiller)) if name in distiller.frozen}
+    models |= {name: _model(network, None) for name, network in further.items() if network is not None}
     if (folder / "baseline" / "run.json").exists():
         found = _of_task(loop, read_facts(folder / "baseline")["metrics"])
         cost = {"step_ms": _step_ms(folder / "baseline", recipe), **_cost(models["student"])}
@@ -59,10 +61,10 @@ def results(folder: Path, loop: Loop, metrics: dict[str, float]) -> dict[str, An
 
 def _measured(loop: Loop, metrics: dict[str, float]) -> dict[str, dict[str, float]]:
     """The metrics of each product that was measured, by itself or through a network trained on it; all but the first have their names."""
-    first, *others = loop.kept
-    named = {name: {key.removeprefix(f"{name}_"): value for key, value in metrics.items()} for name in others}
+    first, *more = loop.kept
+    named = {name: {key.removeprefix(f"{name}_"): value for key, value in metrics.items()} for name in more}
     return {first: _of_task(loop, metrics)} | {
-        name: _of_task(loop, named[name]) for name in others if f"{name}_{loop.task.headline}" in metrics
+        name: _of_task(loop, named[name]) for name in more if f"{name}_{loop.task.headline}" in metrics
     }
 
 

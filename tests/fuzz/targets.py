@@ -340,7 +340,19 @@ def pictures(data: bytes, folder: Path) -> None:
     """The pictures that a report shows."""
     (folder / "pictures").mkdir()
     kinds = (torch.uint8, torch.float32, torch.int64, torch.bool)
-    names = ("images", "labels", "shown", "saliency", "difference", "mask 1", "mask 2", "channels", "drawn/labels", "drawn/student")
+    names = (
+        "images",
+        "labels",
+        "shown",
+        "visible",
+        "saliency",
+        "difference",
+        "mask 1",
+        "mask 2",
+        "channels",
+        "drawn/labels",
+        "drawn/student",
+    )
     tensors = {}
     for i, name in enumerate(names):
         a, b = (data[2 * i : 2 * i + 2] + b"\0\0")[:2]

@@ -22,6 +22,7 @@ from stillhouse.report.pictures import (
     as_rgb,
     channel_strip,
     data_uri,
+    drawn,
     heat,
     masks_left_out,
     overlaid,
@@ -88,6 +89,14 @@ def test_cards_name_the_class_or_its_number(tmp_path: Path) -> None:
     cards = picture_cards(read_snapshots(tmp_path)[0], ["zero"])
     assert [card["label"] for card in cards] == ["zero", "1"]
     assert [[row["name"] for row in card["rows"]] for card in cards] == [["saliency", "shown"]] * 2
+
+
+@pytest.mark.parametrize("name", ["shown", "visible"])
+def test_what_is_hidden_is_cut_out(name: str) -> None:
+    image, half = np.full((3, 8, 8), 200, np.uint8), np.array([[1.0, 0.0], [1.0, 0.0]], np.float32)
+    alpha = np.asarray(drawn(image, name, half))[..., 3]
+    assert (alpha[:, :4] == 255).all()
+    assert (alpha[:, 4:] == 0).all()
 
 
 def test_a_run_without_pictures_has_no_cards(tmp_path: Path) -> None:

@@ -203,6 +203,13 @@ def test_the_data_set_that_a_run_made_is_shown(run: Path) -> None:
     assert page.count('class="sheet" src="data:image/png;base64,') == 1
 
 
+def test_a_second_teacher_is_named(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    record["models"]["second_teacher"] = {"name": "timm/second", "params": 7}
+    (run / "run.json").write_text(json.dumps(record))
+    assert "<dt>second teacher</dt><dd>timm/second</dd>" in write_report(run).read_text()
+
+
 def test_a_second_student_is_named_and_has_its_row_and_its_curve(run: Path) -> None:
     record = json.loads((run / "run.json").read_text())
     record["models"]["partner"] = {"name": "timm/partner", "params": 7}

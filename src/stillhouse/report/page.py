@@ -145,11 +145,11 @@ def class_table(run_dir: Path, record: Record, rows: list[Record]) -> dict[str, 
 
 
 def who(record: Record) -> list[tuple[str, str]]:
-    """The teacher, the student, what else was kept, and the data, as far as they are named: (role, name)."""
+    """The teacher, the student, what else took part or was kept, and the data, as far as they are named: (role, name)."""
     models, data = record.get("models") or {}, record.get("data") or {}
     roles = ["teacher", "student", *(role for role in models if role not in ("teacher", "student", "data", "autoencoder"))]
     named = {role: (models.get(role) or {}).get("name") for role in roles} | {"data": data.get("name")}
-    return [(role, str(name)) for role, name in named.items() if name]
+    return [(role.replace("_", " "), str(name)) for role, name in named.items() if name]
 
 
 def savings(record: Record) -> list[tuple[str, str, str, str]]:

@@ -19,7 +19,8 @@ MOST_IMAGES = 6
 LONGEST_SIDE = 160  # pixels of a stored picture: the page shows them smaller, and stays a file one can mail
 PIXELATED_BELOW = 65  # a longer side than this is shown smoothly
 STUDENT_COLOUR = (224, 112, 40)
-MAP_TITLES = {"saliency": "student looks", "shown": "teacher sees"}
+MAP_TITLES = {"saliency": "student looks", "shown": "teacher sees", "visible": "left visible"}
+SEEN = ("shown", "visible")
 DRAWN_SIDE, DRAWN_QUALITY = 192, 75  # boxes and masks over photographs: larger, so that they can be told apart, and as JPEG
 MOST_MASKS, MASK_SIDE, MOST_CHANNELS = 8, 40, 160  # of each picture and moment; a strip has a pixel a channel
 MASK_RAMP = ((20, 22, 26), (112, 48, 20), STUDENT_COLOUR, (255, 236, 205))
@@ -208,8 +209,8 @@ def channel_strip(values: Values) -> Image.Image:
 
 
 def drawn(image: NDArray[np.uint8], name: str, values: NDArray[np.floating[Any]]) -> Image.Image:
-    """An image with a map: "shown" leaves hidden patches transparent, any other map is laid over the greyed picture."""
-    return what_was_shown(image, values) if name == "shown" else overlaid(image, values)
+    """An image with a map: of those in `SEEN` hidden patches are transparent, any other map is laid over the greyed picture."""
+    return what_was_shown(image, values) if name in SEEN else overlaid(image, values)
 
 
 def as_rgb(image: NDArray[np.uint8], longest: int = LONGEST_SIDE) -> Image.Image:

@@ -90,7 +90,7 @@ def test_the_block_sees_all_around_a_hidden_place() -> None:
 
 def test_what_is_drawn_is_what_was_shown() -> None:
     distiller = MGD(tiny_segmenter(1), tiny_segmenter(2), masked=0.25).eval()
-    shown = distiller.look(SEGMENT)["shown"]
+    shown = distiller.look(SEGMENT)["visible"]
     assert shown.shape == (3, 8, 8)
     assert shown.unique().tolist() == [0.0, 1.0]
 

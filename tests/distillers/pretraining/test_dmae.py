@@ -161,7 +161,7 @@ def test_the_mask_is_the_samples() -> None:
     distiller = dmae()
     with samples(0, 0, torch.arange(3)):
         keep = random_masking(3, 16, 0.75, torch.device("cpu")).mask
-        assert torch.equal(distiller.look(BATCH)["shown"], (1 - keep).view(3, 4, 4))
+        assert torch.equal(distiller.look(BATCH)["visible"], (1 - keep).view(3, 4, 4))
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,9 @@ class MGD(Distiller):
 
     @torch.no_grad()
     def look(self, batch: tuple[Any, Any]) -> dict[str, Tensor]:
-        """`shown` [B, h, w]: 1 where a place of the finest level was left to generate from."""
+        """`visible` [B, h, w]: 1 where a place of the finest level was left to generate from."""
         finest = self.maps_T.of(self.refeed(batch[0]))[:1]
-        return {"shown": visible(finest, self.masked)[0].squeeze(1)}
+        return {"visible": visible(finest, self.masked)[0].squeeze(1)}
 
 
 def generation(channels: int) -> nn.Sequential:

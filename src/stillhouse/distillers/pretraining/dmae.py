@@ -122,8 +122,8 @@ class DMAE(Distiller):
 
     @torch.no_grad()
     def look(self, batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
-        """`shown` [B, rows, columns]: 1 where a patch was visible, to both."""
-        return {"shown": shown(batch[0], self.masked, self.grid)}
+        """`visible` [B, rows, columns]: 1 where a patch was visible, to both."""
+        return {"visible": shown(batch[0], self.masked, self.grid)}
 
 
 def _check(alpha: float, distance: str, projection: str) -> None:
