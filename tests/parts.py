@@ -25,7 +25,21 @@ def _of_g2sd(seed: int) -> dict[str, nn.Module]:
     return {"student": tiny("deit_tiny_distilled_patch16_224", seed=seed), "teacher": teacher, "specific_teacher": specific}
 
 
-OF_ITS_OWN: dict[str, Callable[[int], dict[str, nn.Module]]] = {"g2sd": _of_g2sd}
+def _of_meal_v2(seed: int) -> dict[str, nn.Module]:
+    teachers = (tiny("deit3_small_patch16_224", seed=seed + number, embed_dim=48, proj_drop_rate=0.5) for number in (1, 2))
+    return {"student": tiny(seed=seed), **dict(zip(("teacher", "second_teacher"), teachers, strict=True))}
+
+
+def _of_self_distill_pretrain(seed: int) -> dict[str, nn.Module]:
+    teacher = tiny("deit3_small_patch16_224", seed=seed + 1, embed_dim=32, num_classes=0, proj_drop_rate=0.5)
+    return {"student": tiny(seed=seed, num_classes=0), "teacher": teacher}
+
+
+OF_ITS_OWN: dict[str, Callable[[int], dict[str, nn.Module]]] = {
+    "g2sd": _of_g2sd,
+    "meal_v2": _of_meal_v2,
+    "self_distill_pretrain": _of_self_distill_pretrain,
+}
 """The networks of methods that want others than their task says, by name and as a function of a seed."""
 DECODER = {"decoder_width": 24, "decoder_depth": 2, "decoder_heads": 2}
 SMALL: dict[str, dict[str, Any]] = {
@@ -33,6 +47,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "barlow_twins": {"width": 32},
     "mae": DECODER,
     "dmae": DECODER,
+    "dmjd": DECODER,
+    "self_distill_pretrain": DECODER,
 }
 """Settings of methods whose defaults are too large for a test."""
 NEEDS = {"mirage": "torch_geometric"}

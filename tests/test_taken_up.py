@@ -43,6 +43,19 @@ def dmae(folder: Path) -> dict[str, Any]:
     return {"student": f"{VIT},embed_dim=16,depth=2", "teacher": taught(folder, "mae"), **DECODER}
 
 
+def dmjd(folder: Path) -> dict[str, Any]:
+    return {"student": f"{VIT},embed_dim=16,depth=2", **DECODER}
+
+
+def self_distill_pretrain(folder: Path) -> dict[str, Any]:
+    return {"student": f"{taught(folder, 'mae')}/autoencoder", "rounds": 2}
+
+
+def meal_v2(folder: Path) -> dict[str, Any]:
+    student = f"{VIT},embed_dim=16,depth=1"
+    return {"student": student, "teacher": taught(folder, "scratch"), "second_teacher": taught(folder, "scratch")}
+
+
 def g2sd(folder: Path) -> dict[str, Any]:
     student = "timm/deit_tiny_distilled_patch16_224:img_size=8,patch_size=2,embed_dim=16,depth=2,num_heads=2"
     teachers = {"teacher": f"{taught(folder, 'mae')}/autoencoder", "specific_teacher": taught(folder, "scratch")}
@@ -74,13 +87,16 @@ def mirage(folder: Path) -> dict[str, Any]:
 
 SHAPES: dict[str, tuple[Callable[[Path], dict[str, Any]], tuple[int, ...]]] = {
     "dmae": (dmae, (2, 5)),
+    "dmjd": (dmjd, (2, 5)),
     "g2sd": (g2sd, (2, 12)),
+    "self_distill_pretrain": (self_distill_pretrain, (2, 12, 21)),
+    "meal_v2": (meal_v2, (2, 5)),
     "decoupled_dmd": (decoupled_dmd, (3, 6)),
     "krr_st": (krr_st, (2, 5)),
     "cnn_transformer_collab": (cnn_transformer_collab, (2, 5)),
     "mirage": (mirage, ()),
 }
-"""What is run, and after how many updates in all it is stopped: of g2sd in the first stage and in the second."""
+"""What is run, and after how many updates in all it is stopped: of several stages in each of them."""
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:

@@ -141,15 +141,12 @@ class Session:
 
     def open_teacher(self) -> nn.Module | None:
         """The teacher with its weights, if the method has one."""
-        needs = "teacher" in distillers.networks(self.job["method"])
-        named = self.job["teacher"]
-        if needs and named is None:
+        network, named = distillers.networks(self.job["method"]).get("teacher"), self.job["teacher"]
+        if network is not None and named is None and network.default is inspect.Parameter.empty:
             raise UserError(f"method {self.method} needs a teacher: name it with --teacher, or train without one with --method scratch")
-        if not needs and named is not None:
+        if network is None and named is not None:
             raise UserError(f"method {self.method} has no teacher, but --teacher {_plain(named) or 'a module'} was given; leave it out")
-        if not needs:
-            return None
-        return self.open_source(named)
+        return self.open_source(named) if named is not None else None
 
     def open_other(self, name: str, default: Any) -> nn.Module | None:
         """A network beside student and teacher: opened as a teacher if it is frozen, otherwise as a student with weights of its own."""

@@ -23,7 +23,7 @@ from tests.parts import make
 STEPS, BATCH = 2, 8
 RATES = {"segment": 1e-2, "detect": 1e-3}
 """Of the steps; 0.1 where nothing is said."""
-OTHERS = ("mae", "dmae", "g2sd", "dml", "flow", "decoupled_dmd", "krr_st")
+OTHERS = ("mae", "dmae", "dmjd", "g2sd", "self_distill_pretrain", "meal_v2", "dml", "flow", "decoupled_dmd", "krr_st")
 """Methods that are tried with their defaults, on the networks of `parts`."""
 
 

@@ -49,6 +49,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("decoupled_dmd", {"schedule": "coupled", "regulariser": "moments", "normalise": "joint"}),
     ("cnn_transformer_collab", {"hfd_by": "kl", "region_of": "classes", "region_by": "affinity", "normalise": "all"}),
     ("dmae", {"distance": "l2", "projection": "mlp2"}),
+    ("meal_v2", {"discriminator": "against"}),
+    ("self_distill_pretrain", {"compared": "all", "rounds": 2}),
 ]
 TRAINED = [name for name in sorted(distillers.modules()) if name != "mirage"]  # which learns nothing
 EVERY = [
@@ -56,7 +58,7 @@ EVERY = [
     *((name, distillers.find(name).tasks[-1], settings) for name, settings in SETTINGS),
 ]
 TAUGHT = [(name, task, settings) for name, task, settings in EVERY if "teacher" in distillers.networks(name)]
-ASK_PARTS = ("dmae", "g2sd", "maskd")
+ASK_PARTS = ("dmae", "g2sd", "maskd", "self_distill_pretrain")
 """Methods that run parts of their teacher, or reach into it: it cannot be on another device."""
 
 

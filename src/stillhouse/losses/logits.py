@@ -27,6 +27,20 @@ def hard_cross_entropy(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:
     return F.cross_entropy(student_BK.float(), teacher_BK.argmax(-1))
 
 
+def mean_probabilities(*logits_BK: Tensor) -> Tensor:
+    """mean_k softmax(z_k) [B, K], fp32: what several classifiers say together (MEAL V2, arXiv 2009.08453); not softmax(mean_k z_k)."""
+    return torch.stack([each.float().softmax(-1) for each in logits_BK]).mean(0)
+
+
+def told_apart(verdicts_S_B2: Tensor, verdicts_T_B2: Tensor) -> Tensor:
+    """Binary cross-entropy of a discriminator's two outputs, mean over outputs and both batches (MEAL V2, arXiv 2009.08453).
+
+    Both are before their sigmoid; [1, 0] is right for the student's, [0, 1] for the teachers'.
+    """
+    wrong = torch.stack([-verdicts_S_B2[:, 0], verdicts_S_B2[:, 1], verdicts_T_B2[:, 0], -verdicts_T_B2[:, 1]])
+    return F.softplus(wrong.float()).mean()
+
+
 def target_and_rest(student_BK: Tensor, teacher_BK: Tensor, target_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """The two parts KL splits into (DKD, arXiv 2203.08679, eq. 6): TCKD on (target, all others) and NCKD among the others.
 

@@ -38,6 +38,11 @@ def feature_distance(student_BND: Tensor, teacher_BND: Tensor, squared: bool = F
     return distance(student_BND.float(), teacher_BND.float())
 
 
+def squared_length(difference: Tensor) -> Tensor:
+    """|z|^2, a sum over channels (the last), mean over the rest (self-distillation, arXiv 2210.02871): D times a mean square."""
+    return difference.float().square().sum(-1).mean()
+
+
 def whitened_smooth_l1(predicted: Tensor, hidden: Tensor, beta: float = 2.0) -> Tensor:
     """smooth L1 between a prediction and LayerNorm(hidden) without affine (eps 1e-6), mean over all (G2SD, arXiv 2302.14771).
 

@@ -53,8 +53,43 @@ def random_masking(batch: int, patches: int, masked: float, device: torch.device
     Raises:
         UserError: as `visible_count`.
     """
-    count = visible_count(masked, patches)
-    shuffle = uniform(batch, patches, device).argsort(dim=1, stable=True)
+    return _first(uniform(batch, patches, device).argsort(dim=1, stable=True), visible_count(masked, patches))
+
+
+def disjoint_maskings(
+    batch: int, grid: tuple[int, int], masked: float, device: torch.device, predicted: float = 1.0, block: int = 1
+) -> tuple[Masking, Masking]:
+    """Two choices for each sample that hide as many patches, and between them the share `predicted` of all (DMJD, arXiv 2301.00230).
+
+    Of what the first shows the second hides as much as it takes, drawn at random as all the rest is; with `predicted` 1 and at least half
+    hidden, what they show is disjoint. Blocks of patches, `block` x `block`, are shown or hidden together.
+
+    Raises:
+        UserError: as `visible_count`; if the grid does not divide into blocks; or `predicted` is not in [masked, 1].
+    """
+    rows, columns = grid
+    if block < 1 or rows % block or columns % block:
+        raise UserError(f"a grid of {rows} x {columns} patches does not divide into blocks of {block} x {block}; expected another block")
+    if not masked <= predicted <= 1:
+        raise UserError(f"predicted is {predicted}, expected a share of the patches from masked={masked} to 1")
+    count = rows * columns // block**2
+    shown = visible_count(masked, count)
+    hidden = count - shown
+    new = max(0, min(int(predicted * count + 1e-9) - hidden, hidden))  # shown by the first, hidden by the second
+    one = uniform(batch, count, device).argsort(dim=1, stable=True)
+    kept, turned, taken, rest = one.split([shown - new, new, new, hidden - new], dim=1)
+    other = torch.cat([kept, taken, turned, rest], dim=1)
+    return tuple(_first(_blocks(order, grid, block), shown * block**2) for order in (one, other))  # type: ignore[return-value]
+
+
+def _first(shuffle: Tensor, count: int) -> Masking:
+    """What shows the first `count` patches of a shuffle [B, N]."""
     keep = shuffle[:, :count]
-    mask = torch.ones(batch, patches, device=device).scatter(1, keep, 0.0)
+    mask = torch.ones_like(shuffle, dtype=torch.float32).scatter(1, keep, 0.0)
     return Masking(keep, mask, shuffle.argsort(dim=1))
+
+
+def _blocks(order: Tensor, grid: tuple[int, int], block: int) -> Tensor:
+    """The patches of blocks that are counted row by row, in the blocks' order."""
+    places = torch.arange(grid[0] * grid[1], device=order.device).view(grid[0] // block, block, grid[1] // block, block)
+    return places.permute(0, 2, 1, 3).reshape(-1, block**2)[order].flatten(1)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError, nearest
 from stillhouse.models.families import Fit, build
-from stillhouse.models.preprocessing import Preprocessing, preprocessing_of
+from stillhouse.models.preprocessing import Preprocessing, preprocessing_of, set_preprocessing
 from stillhouse.models.specs import Spec
 from stillhouse.models.tokens import gather_tokens, patch_grid
 from stillhouse.models.weights import load_weights
@@ -251,7 +251,7 @@ class MaskedAutoencoder(nn.Module):
 
     @preprocessing.setter
     def preprocessing(self, value: Preprocessing) -> None:
-        self.encoder.preprocessing = value
+        set_preprocessing(self.encoder, value)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -295,7 +295,8 @@ def open_mae(
         raise UserError(f"a masked autoencoder has no option '{unknown}'{nearest(unknown, DECODER)}")
     own = {key: value for key, value in spec.options.items() if key not in DECODER}
     encoder, options = build(Spec("timm", spec.name, own), replace(fit, classes=0), False)
-    encoder.stillhouse = {"family": "timm", "name": spec.name, "options": options, "weights": "random"}  # type: ignore[assignment]
+    about: dict[str, Any] = {"spec": str(Spec("timm", spec.name, own)), "family": "timm", "name": spec.name, "options": options}
+    encoder.stillhouse = about | {"weights": "random"}  # type: ignore[assignment]
     width, depth, heads = (sizes[key] for key in DECODER)
     model = MaskedAutoencoder(encoder, Decoder(check_encoder(encoder, "network"), width, depth, heads))  # type: ignore[arg-type]
     for stopped in begin_pretraining(encoder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 
@@ -24,3 +24,14 @@ def logits_of(output: Any) -> Tensor:
             f"the network returned {type(output).__name__}, expected logits or `.logits`; wrap it in a module that returns logits"
         )
     return logits
+
+
+def classes_of(network: nn.Module) -> int | None:
+    """How many classes a classifier knows, as its library or Stillhouse noted it; None where nobody did."""
+    config, options = getattr(network, "config", None), getattr(network, "stillhouse", {}).get("options", {})
+    noted = (
+        getattr(network, "num_classes", None),
+        getattr(config, "num_labels", None),
+        options.get("num_classes"),
+    )
+    return next((int(number) for number in noted if number), None)

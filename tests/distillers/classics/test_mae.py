@@ -74,7 +74,7 @@ def test_it_learns_to_paint() -> None:
 
 
 def test_what_was_shown_is_drawn() -> None:
-    shown = mae(masked=0.5).look(BATCH)["shown"]
+    shown = mae(masked=0.5).look(BATCH)["visible"]
     assert shown.shape == (3, 4, 4)
     assert torch.equal(shown.sum((1, 2)), torch.full((3,), 8.0))
 

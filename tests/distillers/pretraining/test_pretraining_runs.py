@@ -14,6 +14,7 @@ from stillhouse.evidence.experiment import Arm, Experiment, Study
 from stillhouse.evidence.table import write_evidence
 from stillhouse.models.mae import MaskedAutoencoder
 from stillhouse.models.opening import open_model
+from stillhouse.models.preprocessing import preprocessing_of
 from stillhouse.run import Run
 from tests.runs import DATA, RECIPE
 
@@ -48,6 +49,18 @@ def test_a_run_keeps_the_encoder_and_the_autoencoder(mae: Run) -> None:
     images = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(encoder(images), whole(images))
+
+
+def test_an_autoencoder_goes_on(mae: Run, tmp_path: Path) -> None:
+    """With the decoder and the preprocessing that it has."""
+    still = {**SHORT, "data": f"{DATA},clutter=1", "max_steps": 1, "lr": 1e-9, "min_lr": 0.0}
+    for method in ("mae", "self_distill_pretrain"):
+        further = sh.distill(method, student=str(mae.folder / "autoencoder"), out=str(tmp_path / method), **still)
+        for part in ("student", "autoencoder"):
+            before, after = open_encoder(mae.folder / part), open_encoder(further.folder / part)
+            assert preprocessing_of(after) == preprocessing_of(before)
+            for name, value in before.state_dict().items():
+                torch.testing.assert_close(after.state_dict()[name], value)
 
 
 def test_fine_tuning_begins_with_what_was_pre_trained(mae: Run, tmp_path: Path) -> None:

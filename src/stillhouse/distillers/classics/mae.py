@@ -2,7 +2,7 @@
 
 What the student learns is how pictures look; labels it sees none. It is an encoder, without a head: give it one with
 `stillhouse distill --method scratch --student RUN`. The run also keeps encoder and decoder together, in RUN/autoencoder: the teacher that
-`dmae` and `g2sd` learn from.
+`dmae` and `g2sd` learn from; and, as the student of another run, what goes on with the decoder it has.
 
 Masked: the student's input patches, a uniform choice by sample, fresh in each step. Removed, not zeroed.
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377.
@@ -25,17 +25,18 @@ from torch import Tensor, nn
 from stillhouse.distillers.base import Distiller
 from stillhouse.losses.pretraining import hidden_pixels_loss, normalised_pixels, patchify
 from stillhouse.masks.patches import random_masking, visible_count
-from stillhouse.models.mae import Decoder, MaskedAutoencoder, begin_pretraining, check_encoder, encode
+from stillhouse.models.mae import Decoder, MaskedAutoencoder, begin_pretraining, check_encoder, encode, encoder_of
 
 
 class MAE(Distiller):
     """sum_hidden mean_pixels (painted - true)^2 / number of hidden patches.
 
     Args:
-        student: a vision transformer of timm; it becomes an encoder, images [B, C, H, W] to features [B, D].
+        student: a vision transformer of timm; it becomes an encoder, images [B, C, H, W] to features [B, D]. Or a masked autoencoder,
+            which brings its decoder along.
         masked: the share of hidden patches, in (0, 1).
         norm_pixels: whether the pixels of each patch are brought to mean 0 and variance 1 before they are compared.
-        decoder_width: of the decoder's tokens, a multiple of decoder_heads and of 4.
+        decoder_width: of a new decoder's tokens, a multiple of decoder_heads and of 4.
         decoder_depth: its blocks.
         decoder_heads: of its attention.
 
@@ -56,12 +57,14 @@ class MAE(Distiller):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
     ) -> None:
-        super().__init__(check_encoder(student, "student"))
-        self.decoder = Decoder(student, decoder_width, decoder_depth, decoder_heads)
+        encoder = check_encoder(encoder_of(student), "student")
+        super().__init__(encoder)
+        known = student.decoder if isinstance(student, MaskedAutoencoder) else None
+        self.decoder = known or Decoder(encoder, decoder_width, decoder_depth, decoder_heads)
         self.grid = self.decoder.grid
         visible_count(masked, self.grid[0] * self.grid[1])
         self.masked, self.norm_pixels = masked, norm_pixels
-        begin_pretraining(student)
+        begin_pretraining(encoder)
 
     def forward(self, batch: tuple[Tensor, Any], turn: str = "student") -> dict[str, Tensor]:
         """`pixels`: how far what was painted is from what was hidden."""
@@ -78,8 +81,8 @@ class MAE(Distiller):
 
     @torch.no_grad()
     def look(self, batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
-        """`shown` [B, rows, columns]: 1 where a patch was visible."""
-        return {"shown": shown(batch[0], self.masked, self.grid)}
+        """`visible` [B, rows, columns]: 1 where a patch was visible."""
+        return {"visible": shown(batch[0], self.masked, self.grid)}
 
 
 def pixel_loss(images: Tensor, painted: Tensor, mask: Tensor, grid: tuple[int, int], normalised: bool) -> Tensor:

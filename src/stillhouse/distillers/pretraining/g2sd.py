@@ -39,7 +39,7 @@ from stillhouse.losses.logits import cross_entropy, hard_cross_entropy
 from stillhouse.losses.pretraining import normalised_kd, whitened_smooth_l1
 from stillhouse.masks.patches import random_masking, visible_count
 from stillhouse.models.mae import Decoder, MaskedAutoencoder, begin_pretraining, check_encoder, check_grids, encode, prefix_of
-from stillhouse.models.outputs import logits_of
+from stillhouse.models.outputs import classes_of, logits_of
 from stillhouse.models.tokens import gather_tokens
 from stillhouse.tasks.labels import label_losses
 
@@ -185,8 +185,8 @@ class Generic(Distiller):
 
     @torch.no_grad()
     def look(self, batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
-        """`shown` [B, rows, columns]: 1 where a patch was visible, to both."""
-        return {"shown": shown(batch[0], self.masked, self.grid)}
+        """`visible` [B, rows, columns]: 1 where a patch was visible, to both."""
+        return {"visible": shown(batch[0], self.masked, self.grid)}
 
 
 def _check_student(student: nn.Module, teacher: nn.Module, targets: str) -> None:
@@ -194,7 +194,7 @@ def _check_student(student: nn.Module, teacher: nn.Module, targets: str) -> None
     if distilled != (targets == "hard"):
         has, other = ("has a", "a plain one, such as timm/vit_small_patch16_224") if distilled else ("has no", "timm/deit_*_distilled_*")
         raise UserError(f"targets is '{targets}' and the student {has} distillation token, name {other}, or change targets")
-    known = getattr(teacher, "num_classes", None) or getattr(getattr(teacher, "config", None), "num_labels", None)
+    known = classes_of(teacher)
     if known not in (None, student.num_classes):
         told = "train it on this data first with `stillhouse distill --method scratch` and name that run folder"
         raise UserError(f"the specific teacher knows {known} classes and the student {student.num_classes}, expected the same; {told}")
