@@ -51,7 +51,7 @@ def results(folder: Path, loop: Loop, metrics: dict[str, float]) -> dict[str, An
             facts["keep"] = {"kept": kept, "patches": distiller.patches}
             facts["savings"] = _savings(network, loop.kept["student"], few, len(data.classes), kept, models, loop.accelerator)
     further = {name: getattr(distiller, name, None) for name in others(type(distiller)) if name in distiller.frozen}
-    models |= {name: _model(network, None) for name, network in further.items() if network is not None}
+    models |= {name: _model(network, None) for name, network in further.items() if network not in (None, distiller.teacher)}
     if (folder / "baseline" / "run.json").exists():
         found = _of_task(loop, read_facts(folder / "baseline")["metrics"])
         cost = {"step_ms": _step_ms(folder / "baseline", recipe), **_cost(models["student"])}
