@@ -60,7 +60,7 @@ def _card(name: str) -> Card:
         text=text,
         masked=" ".join(masked[1].split()) if masked else "",
         tasks=tuple(f"{task} graphs" if "images" not in kind.inputs else task for task in kind.tasks),
-        needs=[network for network, given in distillers.networks(name).items() if network != "student" and given.default is given.empty],
+        needs=[network for network in distillers.needed(name) if network != "student"],
         showed=_showed(name),
         settings=settings,
     )

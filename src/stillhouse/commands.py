@@ -171,9 +171,9 @@ def _profile(method: str, teacher: str | nn.Module, student: str | nn.Module, da
     from stillhouse.training.recipe import Recipe
 
     refuse_other_task(method, data)
-    needed = [name for name, network in distillers.others(method).items() if network.default is network.empty]
-    if needed:
-        raise UserError(f"method {method} has further networks ({', '.join(needed)}), which estimate does not open")
+    further = [name for name in distillers.needed(method) if name in distillers.others(method)]
+    if further:
+        raise UserError(f"method {method} has further networks ({', '.join(further)}), which estimate does not open")
     learner = open_student(student, data, weights="random", allow_partial=False, seed=0)
     networks = {"teacher": open_model(teacher, **fit_of(data), new_head=True)} if "teacher" in distillers.networks(method) else {}
     preprocessing = input_of(learner, data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import inspect
 import itertools
 import logging
 import platform
@@ -29,7 +28,7 @@ from stillhouse.caching import cached_teacher
 from stillhouse.checking import Finding, check_distiller, some_of
 from stillhouse.data import OF_CLASSES, Data, open_data
 from stillhouse.data.loading import eval_batches
-from stillhouse.distillers.base import Stage, is_data
+from stillhouse.distillers.base import Stage, feed, is_data
 from stillhouse.errors import UserError
 from stillhouse.fitting import (
     OWN,
@@ -46,7 +45,6 @@ from stillhouse.interrupted import Interrupted
 from stillhouse.measure.precision import PrecisionError, lowered_within
 from stillhouse.models.inherit import inherit
 from stillhouse.models.opening import open_model
-from stillhouse.models.preprocessing import Refeed, preprocessing_of
 from stillhouse.models.saving import save_student
 from stillhouse.models.weights import weights_hash
 from stillhouse.randomness import seed_from, seeded
@@ -106,7 +104,7 @@ class Session:
         self.unlabelled = self.open_unlabelled()
         self.teacher = self.open_teacher()
         self.student = open_student(_needed(job, "student"), self.data, job["student_weights"], job["allow_partial"], self.recipe.seed)
-        self.others = {name: self.open_other(name, network.default) for name, network in distillers.others(job["method"]).items()}
+        self.others = {name: self.open_other(name) for name in distillers.others(job["method"])}
         self.inherit()
         self.preprocessing = input_of(self.student, self.data)
         self.transforms = transforms_of(self.preprocessing, self.data, self.augmentation)
@@ -141,17 +139,17 @@ class Session:
 
     def open_teacher(self) -> nn.Module | None:
         """The teacher with its weights, if the method has one."""
-        network, named = distillers.networks(self.job["method"]).get("teacher"), self.job["teacher"]
-        if network is not None and named is None and network.default is inspect.Parameter.empty:
+        named = self.job["teacher"]
+        if named is None and "teacher" in distillers.needed(self.job["method"]):
             raise UserError(f"method {self.method} needs a teacher: name it with --teacher, or train without one with --method scratch")
-        if network is None and named is not None:
+        if named is not None and "teacher" not in distillers.networks(self.job["method"]):
             raise UserError(f"method {self.method} has no teacher, but --teacher {_plain(named) or 'a module'} was given; leave it out")
         return self.open_source(named) if named is not None else None
 
-    def open_other(self, name: str, default: Any) -> nn.Module | None:
+    def open_other(self, name: str) -> nn.Module | None:
         """A network beside student and teacher: opened as a teacher if it is frozen, otherwise as a student with weights of its own."""
         named = self.job.get(name)
-        if named is None and default is inspect.Parameter.empty:
+        if named is None and name in distillers.needed(self.job["method"]):
             raise UserError(f"method {self.method} needs a {name}: name it with --{name.replace('_', '-')}")
         if named is None:
             return None
@@ -189,11 +187,9 @@ class Session:
                 f"a teacher in {precision} must be one whose error can be told, which gives logits of images, and '{self.data.name}' has "
                 f"{self.data.inputs} to {self.data.task}; leave --teacher-precision out, --precision bf16 holds for all networks"
             )
-        segments = self.data.task == "segment"
-        feed = Refeed(preprocessing_of(self.student), preprocessing_of(self.teacher), keep_shape=segments)
         batches = eval_batches(some_of(self.data.val, PROBE), self.transforms[1], batch=32)
         device, images = self.teacher_device or processes().device, (images for _, images, _ in batches)
-        self.teacher, error = lowered_within(self.teacher, precision, limit, images, feed, device)
+        self.teacher, error = lowered_within(self.teacher, precision, limit, images, feed(self.student, self.teacher), device)
         return error
 
     def of_precision(self) -> dict[str, str]:

@@ -67,6 +67,11 @@ def networks(name: str | type[Distiller]) -> dict[str, inspect.Parameter]:
     return {key: parameter for key, parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD}
 
 
+def needed(name: str | type[Distiller]) -> list[str]:
+    """The networks without which a method cannot be made: those without a default."""
+    return [key for key, parameter in networks(name).items() if parameter.default is inspect.Parameter.empty]
+
+
 def others(name: str | type[Distiller]) -> dict[str, inspect.Parameter]:
     """A method's networks beside student and teacher."""
     return {key: parameter for key, parameter in networks(name).items() if key not in ("student", "teacher")}

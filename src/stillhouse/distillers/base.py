@@ -93,9 +93,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.teacher = teacher.requires_grad_(False).eval() if teacher is not None else None
-        wanted = preprocessing_of(teacher) if teacher is not None else None
-        segments = getattr(student, "stillhouse", {}).get("task") == "segment"
-        self.refeed = Refeed(preprocessing_of(student), wanted, keep_shape=segments)
+        self.refeed = feed(student, teacher)
         self.register_state_dict_post_hook(_without_frozen)
         self.register_load_state_dict_pre_hook(_with_frozen)
 
@@ -169,6 +167,12 @@ class Distiller(nn.Module):
             if network is not None:
                 network.eval()
         return self
+
+
+def feed(student: nn.Module, other: nn.Module | None) -> Refeed:
+    """What makes the student's images ready for another network; those of a segmenter keep their shape."""
+    segments = getattr(student, "stillhouse", {}).get("task") == "segment"
+    return Refeed(preprocessing_of(student), preprocessing_of(other) if other is not None else None, keep_shape=segments)
 
 
 def is_data(product: nn.Module) -> bool:

@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from stillhouse.distillers.base import Distiller, Turn
+from stillhouse.distillers.base import Distiller, Turn, feed
 from stillhouse.errors import UserError
 from stillhouse.models.outputs import logits_of
-from stillhouse.models.preprocessing import Refeed, preprocessing_of
 from stillhouse.tasks.labels import losses_of
 
 TURN = "students"
@@ -39,8 +38,7 @@ class Pair(Distiller):
             raise UserError(f"partner_rate is {partner_rate}, expected what the learning rate is multiplied by, such as 1 or 0.1")
         super().__init__(student)
         self.partner = partner
-        segments = getattr(student, "stillhouse", {}).get("task") == "segment"
-        self.for_partner = Refeed(preprocessing_of(student), preprocessing_of(partner), keep_shape=segments)
+        self.for_partner = feed(student, partner)
         self.partner_rate, self.partner_optimizer = partner_rate, partner_optimizer
 
     def turns(self) -> list[Turn]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stillhouse.evidence.experiment import Arm, Experiment
+from stillhouse.evidence.experiment import ALMOST_NOTHING, Arm, Experiment, fine_tuned
 
 CLAIM = (
     "The paper (arXiv 2208.12256). ImageNet, ViT-B from a ViT-L that was pre-trained by masking, 100 epochs: 84.0 after fine-tuning, 1.2 "
@@ -25,13 +25,11 @@ DECODER: dict[str, Any] = {"decoder_width": 48, "decoder_depth": 1, "decoder_hea
 QUIET: dict[str, Any] = {"save_every": 5000, "trackers": "none"}
 PRETRAIN: dict[str, Any] = {"data": DATA, "epochs": 10, "batch": 128, "lr": 2e-3, "warmup_epochs": 1, "eval_every": 10, **DECODER, **QUIET}
 TEACHER: dict[str, Any] = {**PRETRAIN, "student": f"{VIT},embed_dim=96,depth=6,num_heads=4", "epochs": 20, "eval_every": 20}
-ALMOST_NOTHING: dict[str, Any] = {"epochs": 1, "max_steps": 1, "lr": 1e-9, "min_lr": 0.0}
-"""One step that changes nothing: a network as it begins, with the positions that the others have."""
 
 
 def after(name: str, method: str, **settings: Any) -> Arm:
     """Fine-tuning of what a method has pre-trained."""
-    return Arm(name, "scratch", before=Arm(name, method, PRETRAIN | settings))
+    return fine_tuned(name, method, PRETRAIN | settings)
 
 
 EXPERIMENTS = (

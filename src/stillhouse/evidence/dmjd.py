@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stillhouse.distillers.base import Distiller
 from stillhouse.distillers.pretraining.dmjd import DMJD
-from stillhouse.evidence.experiment import Arm, Experiment
+from stillhouse.evidence.experiment import ALMOST_NOTHING, Arm, Experiment, fine_tuned
 from stillhouse.masks.patches import Masking
 
 CLAIM = (
@@ -50,13 +50,11 @@ QUIET: dict[str, Any] = {"save_every": 5000, "trackers": "none"}
 DECODER: dict[str, Any] = {"decoder_width": 48, "decoder_depth": 1, "decoder_heads": 3}
 PRETRAIN: dict[str, Any] = {"data": DATA, "epochs": 10, "batch": 128, "lr": 2e-3, "warmup_epochs": 1, "eval_every": 20, **DECODER, **QUIET}
 TWICE: dict[str, Any] = {"epochs": 20, "warmup_epochs": 2}
-ALMOST_NOTHING: dict[str, Any] = {"epochs": 1, "max_steps": 1, "lr": 1e-9, "min_lr": 0.0}
-"""One step that changes nothing: a network as it begins, with the positions that the others have."""
 
 
 def after(name: str, method: str | type[Distiller], **settings: Any) -> Arm:
     """Fine-tuning of what a method has pre-trained."""
-    return Arm(name, "scratch", before=Arm(name, method, PRETRAIN | settings))
+    return fine_tuned(name, method, PRETRAIN | settings)
 
 
 EXPERIMENTS = (

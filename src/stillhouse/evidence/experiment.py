@@ -195,6 +195,15 @@ class Experiment:
         return run.metrics[tasks.find(self.task).headline]
 
 
+ALMOST_NOTHING: dict[str, Any] = {"epochs": 1, "max_steps": 1, "lr": 1e-9, "min_lr": 0.0}
+"""One step that changes nothing: a network as it begins, with what its method makes of it."""
+
+
+def fine_tuned(name: str, method: str | type[Distiller], settings: dict[str, Any]) -> Arm:
+    """An arm that learns from labels, on top of what a method has pre-trained."""
+    return Arm(name, "scratch", before=Arm(name, method, settings))
+
+
 def curriculum(run: Run) -> tuple[float, float] | None:
     """The teacher's top-1 on what it was shown, at the first and the last evaluation; None without a teacher."""
     rows = [row for row in read_table(run.folder / "val.csv") if "teacher_top1" in row]

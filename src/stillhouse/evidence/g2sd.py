@@ -12,7 +12,7 @@ from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from stillhouse.distillers.pretraining.g2sd import G2SD, Generic
-from stillhouse.evidence.experiment import Arm, Experiment
+from stillhouse.evidence.experiment import ALMOST_NOTHING, Arm, Experiment
 from stillhouse.losses.pretraining import whitened_smooth_l1
 from stillhouse.masks.patches import random_masking
 from stillhouse.models.mae import encode
@@ -63,7 +63,7 @@ PRETRAIN: dict[str, Any] = {"data": UNLABELLED, "epochs": 10, "batch": 64, "lr":
 SMALL: dict[str, Any] = {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
 TEACHERS = {"teacher": "@mae/autoencoder", "specific_teacher": "@teacher"}
 TAUGHT: dict[str, Any] = {**TEACHERS, "unlabelled": UNLABELLED, "generic": 1 / 3, **SMALL}
-UNTRAINED = Arm("untrained", "mae", {**PRETRAIN, **SMALL, "epochs": 1, "max_steps": 1, "lr": 1e-9, "min_lr": 0.0})
+UNTRAINED = Arm("untrained", "mae", {**PRETRAIN, **SMALL, **ALMOST_NOTHING})
 """A student as it begins, with the positions that the others have."""
 
 EXPERIMENTS = (

@@ -5,7 +5,6 @@ stillhouse reproduce self_distill_pretrain
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 
 from stillhouse.distillers.base import Stage
 from stillhouse.distillers.pretraining.self_distill_pretrain import SelfDistillPretrain
-from stillhouse.evidence.experiment import Arm, Experiment
+from stillhouse.evidence.experiment import Arm, Experiment, fine_tuned
 
 CLAIM = (
     "The paper (arXiv 2210.02871). A pre-trained transformer that goes on pre-training on a small target set loses accuracy after "
@@ -52,18 +51,14 @@ def experiment(name: str, epochs: int) -> Experiment:
     """Further pre-training for so many epochs."""
     further = {"data": UNLABELLED, "student": "@mae/autoencoder", "epochs": epochs, "eval_every": epochs, "lr": 5e-4, "warmup_epochs": 0}
     twice = further | {"epochs": 2 * epochs, "eval_every": 2 * epochs}
-
-    def tuned(method: Any, settings: dict[str, Any]) -> Arm:
-        return Arm("", "scratch", before=Arm("", method, settings))
-
-    arms = {
-        "self-distillation": tuned("self_distill_pretrain", further | {"teacher": None}),
-        "none": Arm("", "scratch", {"student": "@mae"}),
-        "further pre-training": tuned("mae", further),
-        "further, twice as long": tuned("mae", twice),
-        "second phase from the teacher": tuned(FromTeacher, further | {"teacher": None}),
-        "labels alone, from random weights": Arm("", "scratch"),
-    }
+    arms = (
+        fine_tuned("self-distillation", "self_distill_pretrain", further | {"teacher": None}),
+        Arm("none", "scratch", {"student": "@mae"}),
+        fine_tuned("further pre-training", "mae", further),
+        fine_tuned("further, twice as long", "mae", twice),
+        fine_tuned("second phase from the teacher", FromTeacher, further | {"teacher": None}),
+        Arm("labels alone, from random weights", "scratch"),
+    )
     return Experiment(
         name=name,
         title=f"8 x 8 digits, shown in 28 x 28: {epochs} epochs on 400 images without labels, then 60 on 100 of them with labels; 719 "
@@ -83,7 +78,7 @@ def experiment(name: str, epochs: int) -> Experiment:
                 | {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4},
             ),
         ),
-        arms=[dataclasses.replace(arm, name=name) for name, arm in arms.items()],
+        arms=arms,
     )
 
 

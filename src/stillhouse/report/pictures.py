@@ -21,6 +21,7 @@ PIXELATED_BELOW = 65  # a longer side than this is shown smoothly
 STUDENT_COLOUR = (224, 112, 40)
 MAP_TITLES = {"saliency": "student looks", "shown": "teacher sees", "visible": "left visible"}
 SEEN = ("shown", "visible")
+"""The maps by which a picture is cut: what they leave out is transparent."""
 DRAWN_SIDE, DRAWN_QUALITY = 192, 75  # boxes and masks over photographs: larger, so that they can be told apart, and as JPEG
 MOST_MASKS, MASK_SIDE, MOST_CHANNELS = 8, 40, 160  # of each picture and moment; a strip has a pixel a channel
 MASK_RAMP = ((20, 22, 26), (112, 48, 20), STUDENT_COLOUR, (255, 236, 205))
@@ -116,6 +117,7 @@ def picture_cards(snapshots: list[Snapshot], classes: list[str]) -> list[dict[st
             {
                 "title": MAP_TITLES.get(name, name),
                 "name": name,
+                "cut": name in SEEN,
                 "pictures": [store(drawn(s.images[i], name, s.maps[name][i])) for s in snapshots],
             }
             for name in names

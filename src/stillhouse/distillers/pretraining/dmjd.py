@@ -31,7 +31,7 @@ from stillhouse.losses.gradients import edges_of_patches
 from stillhouse.losses.pretraining import hidden_pixels_loss
 from stillhouse.masks.patches import Masking, disjoint_maskings
 from stillhouse.models.mae import Decoder, begin_pretraining, check_encoder, encode
-from stillhouse.models.preprocessing import preprocessing_of
+from stillhouse.models.preprocessing import Preprocessing, preprocessing_of
 
 BINS = 9
 
@@ -83,9 +83,9 @@ class DMJD(Distiller):
         edges = _edges(student, self.cell)
         self.of_hidden = nn.Sequential(nn.LayerNorm(decoder_width, eps=1e-6), nn.Linear(decoder_width, edges))
         self.of_visible = visible_head(student.embed_dim, decoder_width, edges)  # type: ignore[arg-type]
-        known = preprocessing_of(student)
-        for name, value in (("mean", known.mean), ("std", known.std)) if known is not None else (("mean", (0.0,)), ("std", (1.0,))):
-            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+        known = preprocessing_of(student) or Preprocessing((0.0,), (1.0,), None)
+        self.register_buffer("mean", torch.tensor(known.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(known.std).view(-1, 1, 1), persistent=False)
         begin_pretraining(student)
 
     def forward(self, batch: tuple[Tensor, Any], turn: str = "student") -> dict[str, Tensor]:

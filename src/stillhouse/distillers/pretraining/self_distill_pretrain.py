@@ -27,13 +27,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stillhouse.distillers.base import Stage
+from stillhouse.distillers.base import Stage, feed
 from stillhouse.distillers.classics.mae import MAE
 from stillhouse.distillers.pair import check_choices
 from stillhouse.errors import UserError
 from stillhouse.losses.pretraining import squared_length
 from stillhouse.models.mae import check_encoder, check_grids, encode, encoder_of, prefix_of
-from stillhouse.models.preprocessing import Refeed, preprocessing_of
 
 
 class SelfDistillPretrain(MAE):
@@ -79,7 +78,7 @@ class SelfDistillPretrain(MAE):
         if teacher is None:
             raise UserError("there is no teacher to stay near: name the network after further pre-training, or let `stages` make it")
         self.teacher = _fit(self.student, encoder_of(teacher), compared).requires_grad_(False).eval()
-        self.refeed = Refeed(preprocessing_of(self.student), preprocessing_of(self.teacher))
+        self.refeed = feed(self.student, self.teacher)
         self.alpha, self.compared, self.rounds = alpha, compared, rounds
 
     @classmethod

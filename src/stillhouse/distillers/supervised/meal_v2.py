@@ -25,12 +25,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from stillhouse.distillers.base import Distiller
+from stillhouse.distillers.base import Distiller, feed
 from stillhouse.distillers.pair import check_choices
 from stillhouse.errors import UserError
 from stillhouse.losses.logits import cross_entropy, mean_probabilities, told_apart
 from stillhouse.models.outputs import classes_of, logits_of
-from stillhouse.models.preprocessing import Refeed, preprocessing_of
 
 MODES = ("together", "against", "off")
 
@@ -65,7 +64,7 @@ class MEALV2(Distiller):
             raise UserError('how many classes the student knows is not noted: give it an attribute num_classes, or discriminator="off"')
         super().__init__(student, teacher)
         self.second_teacher = second_teacher.requires_grad_(False).eval() if second_teacher is not None else None
-        self.for_second = Refeed(preprocessing_of(student), preprocessing_of(second_teacher)) if second_teacher is not None else None
+        self.for_second = feed(student, second_teacher)
         self.against = discriminator == "against"
         self.discriminator = discriminating(classes) if classes is not None and discriminator != "off" else None
 
@@ -83,7 +82,7 @@ class MEALV2(Distiller):
     def ask(self, images: Tensor) -> list[Tensor]:
         """The logits of each teacher, fed as it was trained."""
         first = logits_of(self.teach(images))
-        if self.second_teacher is None or self.for_second is None:
+        if self.second_teacher is None:
             return [first]
         return [first, logits_of(self.second_teacher(self.for_second(images)))]
 
